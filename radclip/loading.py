@@ -206,29 +206,37 @@ def _need_space(folder, size):
         raise ValueError(f"the pixel cache needs {size / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: set RADCLIP_CACHE to a folder with room")
 
 # %% ../nbs/05_loading.ipynb #3af9c399
+def _begin(part, key, pairs, geometry):
+    "Pixels and state of an interrupted build; fresh ones if there is none or it can't be trusted."
+    file, note = part / "pixels.npy", part / "cache.json"
+    try:
+        state, pixels = json.loads(note.read_text(encoding="utf-8")), np.lib.format.open_memmap(file, "r+")
+        if len(pixels) == state["rows"]: return pixels, state
+    except (OSError, ValueError, KeyError): pass  # killed before the first note, or damaged since
+    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    shape = (len(pairs), *_probe(pairs, geometry), 3)
+    _need_space(part, int(np.prod(shape)))
+    return np.lib.format.open_memmap(file, "w+", np.uint8, shape), dict(key=key, rows=len(pairs), done=0, bad={})
+
+# %% ../nbs/05_loading.ipynb #9607de6c
 def _fill(pairs, geometry, final, workers, progress, chunk=512):
     "Decode into a `.partial` folder, noting after each chunk how far it got, so that an interrupted build goes on there; rename when complete."
     from tqdm.auto import tqdm
-    part = final.with_name(final.name + ".partial"); part.mkdir(parents=True, exist_ok=True)
-    note, file = part / "cache.json", part / "pixels.npy"
-    state = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if state is None:
-        shape = (len(pairs), *_probe(pairs, geometry), 3)
-        _need_space(part, int(np.prod(shape)))
-        np.lib.format.open_memmap(file, "w+", np.uint8, shape).flush()
-        state = dict(key=final.name, rows=len(pairs), done=0, bad={})
-    pixels, raws = np.lib.format.open_memmap(file, "r+"), _raw_images(pairs, range(state["done"], len(pairs)))
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, tqdm(total=len(pairs), initial=state["done"], desc="decode", unit="img", disable=not progress) as bar:
-        for start in range(state["done"], len(pairs), chunk):
-            rows = range(start, min(start + chunk, len(pairs)))
-            for row, (image, why) in zip(rows, pool.map(lambda raw: _decode(raw, geometry), [next(raws) for _ in rows])):
+    part, n = final.with_name(final.name + ".partial"), len(pairs)
+    pixels, state = _begin(part, final.name, pairs, geometry)
+    raws, decode = _raw_images(pairs, range(state["done"], n)), lambda raw: _decode(raw, geometry)
+    bar = tqdm(total=n, initial=state["done"], desc="decode", unit="img", disable=not progress)
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, bar:  # PIL decodes without the interpreter's lock
+        for start in range(state["done"], n, chunk):
+            rows = range(start, min(start + chunk, n))
+            for row, (image, why) in zip(rows, pool.map(decode, [next(raws) for _ in rows])):
                 if image is None: state["bad"][str(row)] = why
                 else: pixels[row] = image
             pixels.flush(); state["done"] = rows.stop; bar.update(len(rows))
-            if not final.exists(): _write_json(note, state)
+            if part.exists(): _write_json(part / "cache.json", state)  # another process may have finished the same cache
     _publish(part, final)
 
-# %% ../nbs/05_loading.ipynb #9607de6c
+# %% ../nbs/05_loading.ipynb #e80bb4c9
 def _publish(part, final):
     "Rename the complete folder; if another process was faster its equal cache stays."
     try: os.replace(part, final)
@@ -236,7 +244,7 @@ def _publish(part, final):
         if not final.exists(): raise
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/05_loading.ipynb #e80bb4c9
+# %% ../nbs/05_loading.ipynb #00cf774c
 def _report_bad(cache, show=5):
     "Say how many images are left out, and which."
     if not cache.bad: return
@@ -244,7 +252,7 @@ def _report_bad(cache, show=5):
     more = f"; and {len(cache.bad) - show} more (PixelCache.bad)" if len(cache.bad) > show else ""
     warnings.warn(f"{len(cache.bad)} of {len(cache)} images can't be read and are left out: {some}{more}", stacklevel=3)
 
-# %% ../nbs/05_loading.ipynb #ed3721aa
+# %% ../nbs/05_loading.ipynb #714f9700
 class AugmentConfig(BaseModel):
     "How training images vary. There is no flip: captions say left and right."
     model_config = ConfigDict(extra="forbid")
@@ -253,7 +261,7 @@ class AugmentConfig(BaseModel):
     brightness: float = 0.15  # added, up to this share of the range
     contrast: float = 0.15  # multiplied by 1 ± this, around the image's mean
 
-# %% ../nbs/05_loading.ipynb #714f9700
+# %% ../nbs/05_loading.ipynb #cf57c035
 def _crop_matrices(u, config):
     "[B, 2, 3] matrices for `affine_grid`: a turned, smaller square at a random place of the image."
     low, high = config.scale
@@ -263,7 +271,7 @@ def _crop_matrices(u, config):
     cos, sin = size * np.cos(turn), size * np.sin(turn)
     return torch.from_numpy(np.stack([cos, -sin, x, sin, cos, y], 1).reshape(-1, 2, 3).astype(np.float32))
 
-# %% ../nbs/05_loading.ipynb #cf57c035
+# %% ../nbs/05_loading.ipynb #820b236d
 def _augment_some(pixels, u, config, mean, std):
     "Augment a few images with their random numbers u [B, 6]."
     size = (len(pixels), 3, *pixels.shape[1:3])
@@ -275,7 +283,7 @@ def _augment_some(pixels, u, config, mean, std):
     gain, shift = (torch.from_numpy(v.astype(np.float32))[:, None, None, None] for v in (gain, shift))
     return x.mul_(gain).add_(shift).clamp_(0, 255).sub_(255 * mean).div_(255 * std)
 
-# %% ../nbs/05_loading.ipynb #820b236d
+# %% ../nbs/05_loading.ipynb #de7d9199
 def augment(pixels, # [B, H, W, 3] uint8
             rows, # [B] row numbers: with seed and epoch all that the result depends on
             seed:int=0, # seed of the run
@@ -293,13 +301,13 @@ def augment(pixels, # [B, H, W, 3] uint8
     for i in range(0, len(out), some): out[i:i + some] = _augment_some(pixels[i:i + some], u[i:i + some], config, mean, std)
     return out
 
-# %% ../nbs/05_loading.ipynb #f3053f1d
+# %% ../nbs/05_loading.ipynb #e691379c
 def _draw(counts, rows, seed, epoch):
     "[B] which caption of each row this epoch shows."
     counts = np.asarray(counts)
     return (place_uniform(seed, epoch, rows, 1, stream=1)[:, 0] * counts).astype(np.int64)
 
-# %% ../nbs/05_loading.ipynb #e691379c
+# %% ../nbs/05_loading.ipynb #449525d1
 def draw_caption(captions:list, # the captions of one row
                  row:int, # its row number
                  seed:int=0, # seed of the run
@@ -308,14 +316,14 @@ def draw_caption(captions:list, # the captions of one row
     "The caption that training shows for a row in an epoch: depends on (seed, epoch, row) only."
     return captions[int(_draw([len(captions)], [row], seed, epoch)[0])]
 
-# %% ../nbs/05_loading.ipynb #3a062b9c
+# %% ../nbs/05_loading.ipynb #a54a913f
 def _numbered(values):
     "Distinct values in order of first appearance, and the number of each."
     table = {}
     ids = [table.setdefault(v, len(table)) for v in values]
     return list(table), np.asarray(ids, dtype=np.int64)
 
-# %% ../nbs/05_loading.ipynb #a54a913f
+# %% ../nbs/05_loading.ipynb #00f4ccce
 class PairsDataset(torch.utils.data.Dataset):
     "Pairs as tensors, a whole batch at a time: unreadable rows are left out, all captions are tokenised once, `epoch` chooses caption and augmentation."
 
@@ -363,7 +371,7 @@ class PairsDataset(torch.utils.data.Dataset):
         ids = [self.text_ids[self.starts[r]:self.starts[r] + self.counts[r]] for r in self.rows]
         return torch.from_numpy(np.concatenate(ids)), torch.from_numpy(position)
 
-# %% ../nbs/05_loading.ipynb #6f2eb4ac
+# %% ../nbs/05_loading.ipynb #1b35f12b
 class EpochBatches:
     "Batch sampler whose order depends on (seed, epoch) only and that can start in the middle of an epoch; `len` is always that of the whole epoch."
 
@@ -387,7 +395,7 @@ class EpochBatches:
         if self.shuffle: order = np.argsort(place_uniform(self.seed, self.epoch, order, 1, stream=2)[:, 0], kind="stable")
         for i in range(self.start, len(self)): yield order[i * self.batch_size:(i + 1) * self.batch_size].tolist()
 
-# %% ../nbs/05_loading.ipynb #1b35f12b
+# %% ../nbs/05_loading.ipynb #bac22109
 def collate(batch, # what `PairsDataset.__getitems__` returned
            ): # the same
     "`collate_fn` of a DataLoader over PairsDataset: the batch is complete already (a list of single pairs is stacked)."
