@@ -94,7 +94,7 @@ def build_compressed(
     index.cp.min_points_per_centroid = 1  # a small set is no reason for FAISS to print a warning
     index.train(vectors[:: max(1, count // max(64 * cells, 2**16))])
     index.add(vectors)
-    return index, {"nprobe": max(1, min(64, cells // 4)), "rerank": 10}
+    return index, {"nprobe": min(64, cells), "rerank": 10}
 
 # %% ../nbs/15_neighbours.ipynb #53152077
 BUILDERS = {"exact": build_exact, "hnsw": build_hnsw, "compressed": build_compressed}
@@ -291,5 +291,8 @@ def plot_tuning(
         axes.scatter(picked["ms"], picked["recall"], s=160, facecolors="none", edgecolors=colour)
     axes.axhline(target, color="grey", linewidth=1, linestyle="--", label=f"target {target:g}")
     axes.set(xscale="log", xlabel="milliseconds a query (median)", ylabel="recall@10 against the full scan", title=title)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=7)
     axes.legend(frameon=False)
     return figure
