@@ -175,7 +175,7 @@ class VectorSearch(IndexFolder):
             raise ValueError(f"k is {k}: ask for at least one result")
         if to not in self.sides:
             raise ValueError(f"can't search {to!r}: to is images or texts")
-        return matching_rows(self.rows, filters) if filters else None
+        return matching_rows(self.rows.table, filters) if filters else None
 
     def search_vectors(
         self,
@@ -187,19 +187,19 @@ class VectorSearch(IndexFolder):
         "The nearest images or captions; exact where there are filters."
         images = rows = self.allowed(k, to, filters)
         if to == "texts" and rows is not None:
-            rows = self.captions.texts_of(rows, len(self.rows))
+            rows = self.rows.captions.texts_of(rows, len(self.rows))
         answers = zip(*self.sides[to].search(queries, k, rows))
         return [[self.hit(rank, *one, to, images) for rank, one in enumerate(zip(*pair), 1)] for pair in answers]
 
     def hit(self, rank, score, row, to, images):
         "One found row, image or text, with all that is known of it."
-        text = self.captions.texts[row] if to == "texts" else None
+        text = self.rows.captions.texts[row] if to == "texts" else None
         if text is not None:
-            carriers = self.captions.images_of(row)
+            carriers = self.rows.captions.images_of(row)
             row = carriers[0] if images is None else carriers[np.isin(carriers, images)][0]
-        columns = self.rows.slice(int(row), 1).to_pylist()[0]
+        columns = self.rows.table.slice(int(row), 1).to_pylist()[0]
         name, captions = columns.pop("image_id"), columns.pop("captions")
-        return Hit(rank, float(score), name, text, captions, columns, partial(self.thumbnail, int(row)))
+        return Hit(rank, float(score), name, text, captions, columns, partial(self.rows.thumbnail, int(row)))
 
 # %% ../nbs/17_search.ipynb #4c160dab
 class SearchIndex(VectorSearch):
@@ -213,9 +213,10 @@ class SearchIndex(VectorSearch):
         kind: str = "auto",  # auto, exact, hnsw or compressed
         split: str | None = None,  # of a source: the split to take; None: all
         embeddings: tuple | None = None,  # ([N, D] images, [C, D] all captions in order) where they are known
+        source: str | None = None,  # where a table came from, for index.json
     ) -> "SearchIndex":  # in a temporary folder until it is saved
         "Embed a table and index both sides. Raises ValueError for an empty table or an unknown kind."
-        source, pairs = (pairs, load_pairs(pairs, split)) if isinstance(pairs, str) else (None, pairs)
+        source, pairs = (pairs, load_pairs(pairs, split)) if isinstance(pairs, str) else (source, pairs)
         if not len(pairs):
             raise ValueError("there is nothing to index: the table has no rows")
         choose_kind(len(pairs), kind)  # a mistyped kind is told before the images are embedded
@@ -249,7 +250,7 @@ def like(
     filters: dict | None = None,  # as in search
 ) -> list[Hit]:  # without the image itself
     "The images nearest to one that is in the index, by its stored vector: no model is needed."
-    vector = index.sides["images"].vectors[[index.row(image_id)]]
+    vector = index.sides["images"].vectors[[index.rows.find(image_id)]]
     found = [hit for hit in index.search_vectors(vector, k + 1, filters=filters)[0] if hit.image_id != image_id]
     return [replace(hit, rank=rank) for rank, hit in enumerate(found[:k], 1)]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'ROW_GROUP', 'AGAIN', 'shrink', 'write_rows', 'Captions', 'file_hashes', 'check_folder', 'write_info',
-           'replace_folder', 'IndexFolder']
+           'replace_folder', 'Rows', 'IndexFolder']
 
 # %% ../nbs/16_storage.ipynb #b237f7cc
 import hashlib
@@ -177,6 +177,45 @@ def replace_folder(
             shutil.rmtree(leftover, ignore_errors=True)
 
 # %% ../nbs/16_storage.ipynb #0f43fd57
+class Rows:
+    "What rows.parquet holds: ids, captions and columns in memory, thumbnails on disk."
+
+    def __init__(
+        self,
+        path: str | Path,  # rows.parquet
+    ):
+        import pyarrow.parquet as pq
+
+        self.path, self.metadata = Path(path), pq.read_metadata(path)
+        names = [name for name in self.metadata.schema.to_arrow_schema().names if name != "thumbnail"]
+        self.table = pq.read_table(path, columns=names)
+        self.captions = Captions(self.table["captions"])
+        self.row_of = {name: row for row, name in enumerate(self.table["image_id"].to_pylist())}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def find(
+        self,
+        image_id: str,  # an image in the index
+    ) -> int:  # its row
+        "Where an image is. Raises ValueError for an unknown id, naming the nearest."
+        if image_id not in self.row_of:
+            raise ValueError(f"no image {image_id!r} in the index{nearest(image_id, islice(self.row_of, 10_000))}")
+        return self.row_of[image_id]
+
+    def thumbnail(
+        self,
+        row: int,  # of an image
+    ) -> bytes:  # JPEG
+        "Read one thumbnail from disk."
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(self.path, metadata=self.metadata)
+        part = file.read_row_group(row // ROW_GROUP, columns=["thumbnail"])
+        return part["thumbnail"][row % ROW_GROUP].as_py()
+
+# %% ../nbs/16_storage.ipynb #669bbe74
 class IndexFolder:
     "An opened index folder: its files, checked, and its rows."
 
@@ -184,18 +223,11 @@ class IndexFolder:
         self,
         folder: str | Path,  # with index.json, *.faiss, rows.parquet and model/
     ):
-        import pyarrow.parquet as pq
-
         self.folder = Path(folder)
         self.info = check_folder(self.folder)
-        self.metadata = pq.read_metadata(self.folder / "rows.parquet")
-        names = [name for name in self.metadata.schema.to_arrow_schema().names if name != "thumbnail"]
-        self.rows = pq.read_table(self.folder / "rows.parquet", columns=names)
-        self.captions = Captions(self.rows["captions"])
-        self.row_of = {name: row for row, name in enumerate(self.rows["image_id"].to_pylist())}
-        self.sides = {
-            side: read_vectors(self.folder, side, kind, self.info["settings"][side]) for side, kind in self.info["kinds"].items()
-        }
+        self.rows = Rows(self.folder / "rows.parquet")
+        settings = self.info["settings"]
+        self.sides = {side: read_vectors(self.folder, side, kind, settings[side]) for side, kind in self.info["kinds"].items()}
 
     @classmethod
     def load(
@@ -220,23 +252,3 @@ class IndexFolder:
         if fingerprint(encoder) != self.info["model"]:
             raise ValueError(f"{self.folder / 'model'} is not the model that this index was built with ({self.info['model']}): {AGAIN}")
         return encoder
-
-    def row(
-        self,
-        image_id: str,  # an image in the index
-    ) -> int:  # its row
-        "Where an image is. Raises ValueError for an unknown id, naming the nearest."
-        if image_id not in self.row_of:
-            raise ValueError(f"no image {image_id!r} in the index{nearest(image_id, islice(self.row_of, 10_000))}")
-        return self.row_of[image_id]
-
-    def thumbnail(
-        self,
-        row: int,  # of an image
-    ) -> bytes:  # JPEG
-        "Read one thumbnail from disk; they are not kept in memory."
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(self.folder / "rows.parquet", metadata=self.metadata)
-        part = file.read_row_group(row // ROW_GROUP, columns=["thumbnail"])
-        return part["thumbnail"][row % ROW_GROUP].as_py()

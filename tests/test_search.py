@@ -70,7 +70,7 @@ FILTERS = [
 @pytest.mark.parametrize("filters, keeps", FILTERS)
 def test_filters_equal_a_plain_loop(index, pairs, filters, keeps):
     rows = [number for number, row in enumerate(pairs.remove_columns("image")) if keeps(row)]
-    assert matching_rows(index.rows, filters).tolist() == rows
+    assert matching_rows(index.rows.table, filters).tolist() == rows
     query = unit(1, 5)
     found = index.search_vectors(query, k=COUNT, filters=filters)[0]
     scores = index.sides["images"].vectors[rows] @ query[0]

@@ -175,9 +175,9 @@ def test_thumbnail_of_a_row_is_that_rows_image(encoder):
     vectors = np.eye(16, dtype="float32")[np.arange(len(table)) % 16], np.eye(16, dtype="float32")[np.zeros(sum(map(len, table["captions"])), int)]
     index = SearchIndex.build(encoder, table, embeddings=vectors)
     for row in (0, 5, ROW_GROUP - 1, ROW_GROUP, ROW_GROUP + 43):
-        assert index.thumbnail(index.row(f"im{row}")) == shrink(same[row])
+        assert index.rows.thumbnail(index.rows.find(f"im{row}")) == shrink(same[row])
     with pytest.raises(ValueError, match="no image 'im9999' in the index.*did you mean"):
-        index.row("im9999")
+        index.rows.find("im9999")
 
 
 @pytest.mark.parametrize("mode, expected", [("L", "L"), ("RGB", "RGB"), ("RGBA", "RGB"), ("I;16", "L"), ("I", "L"), ("F", "L"), ("1", "L"), ("P", "RGB")])
@@ -210,4 +210,4 @@ def test_captions_know_their_images():
 def test_vectors_in_the_index_are_the_models(encoder, saved):
     index, table = SearchIndex.load(saved), pairs()
     assert np.allclose(index.sides["images"].vectors, encode_images(encoder, table).numpy(), atol=1e-5)
-    assert np.allclose(index.sides["texts"].vectors, encode_texts(encoder, index.captions.texts).numpy(), atol=1e-5)
+    assert np.allclose(index.sides["texts"].vectors, encode_texts(encoder, index.rows.captions.texts).numpy(), atol=1e-5)
