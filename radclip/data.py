@@ -28,7 +28,7 @@ MAPPABLE = ("image", "captions", "image_id", "group", "split", "concepts", "view
 def _map_phantom(pairs, columns, source):
     "Phantoms are drawn, not read: their columns are mapped here, those of every other source while reading."
     need_columns(pairs.column_names, columns.values(), source)
-    values = {ours: pairs[theirs] for ours, theirs in columns.items()}
+    values = {ours: pairs[theirs][:] for ours, theirs in columns.items()}
     for ours, column in values.items():
         pairs = replace_column(pairs, ours, [as_list(v) if ours in ("captions", "concepts") else SPLIT_NAMES.get(v, v) if ours == "split" else str(v) for v in column])
     return pairs
@@ -69,7 +69,7 @@ def prepare_pairs(config:DataConfig, # where from, how split
     pairs = load_pairs(config.source, columns=config.columns)
     if config.max_groups: pairs = some_groups(pairs, config.max_groups, config.seed)
     if config.split_file: return apply_split(pairs, load_split(config.split_file))
-    if not (config.official and set(pairs["split"]) != {"train"}): return split_pairs(pairs, config.fractions, config.sizes, config.seed)
+    if not (config.official and set(pairs["split"][:]) != {"train"}): return split_pairs(pairs, config.fractions, config.sizes, config.seed)
     if bad := straddling_groups(pairs):
         if config.straddle == "error": raise ValueError(straddle_text(bad))
         if config.straddle == "clean": pairs = apply_split(pairs, without_straddling(pairs))
@@ -112,7 +112,7 @@ def _look_at_all(pairs, workers=None):
 
 # %% ../nbs/04_data.ipynb #195093d3
 def near_duplicates(thumbs, # [N, 32, 32] float, grey thumbnails of different images
-                    bits:int=6, # perceptual hashes may differ in so many of 64 bits
+                    bits:int=8, # perceptual hashes may differ in so many of 64 bits
                     correlation:float=0.98, # and the thumbnails must agree so well
                    ): # [P, 2] rows of each pair, the lower first
     "Pairs of images that show the same: the hash proposes (a Hamming search, no N × N memory), the thumbnails confirm."
@@ -122,11 +122,11 @@ def near_duplicates(thumbs, # [N, 32, 32] float, grey thumbnails of different im
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-6)
     hashes, found = perceptual_hash(thumbs), [np.zeros((0, 2), np.int64)]
     index = faiss.IndexBinaryFlat(64); index.add(hashes)
-    for start in range(0, len(hashes), 4096):
-        limits, _, other = index.range_search(hashes[start:start + 4096], bits + 1)  # faiss means strictly below
+    for start in range(0, len(hashes), 512):
+        limits, _, other = index.range_search(hashes[start:start + 512], bits + 1)  # faiss means strictly below
         row = np.repeat(np.arange(start, start + len(limits) - 1), np.diff(limits).astype(np.int64))
-        pairs = np.stack([row, other], 1)[row < other]
-        found.append(pairs[(unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(1) >= correlation])
+        for part in np.array_split(pairs := np.stack([row, other], 1)[row < other], len(pairs) // 8192 + 1):
+            found.append(part[np.einsum("pd,pd->p", unit[part[:, 0]], unit[part[:, 1]]) >= correlation])
     return np.concatenate(found)
 
 # %% ../nbs/04_data.ipynb #3e4b01de
@@ -147,7 +147,7 @@ def _partners(keys, splits):
 def _audit_images(pairs, splits, out):
     "Fill in what needs pixels: unreadable, identical and nearly identical images."
     hashes, bad, thumbs = _look_at_all(pairs)
-    names, first = pairs["image_id"], {}
+    names, first = pairs["image_id"][:], {}
     for row, key in hashes.items(): first.setdefault(key, row)
     rows = np.array(sorted(first.values()), dtype=np.int64)  # one row for each distinct image
     near = rows[near_duplicates(thumbs[rows])] if len(rows) else np.zeros((0, 2), np.int64)
@@ -176,7 +176,7 @@ def token_lengths(texts:list, # captions
 # %% ../nbs/04_data.ipynb #9280e362
 def _audit_captions(pairs, splits, tokenizer, out):
     "Fill in what the texts alone tell."
-    captions = list(pairs["captions"])
+    captions = pairs["captions"][:]
     texts = [text for row in captions for text in row]
     plain = [[" ".join(text.lower().split()) for text in row] for row in captions]
     words = np.array([len(text.split()) for text in texts] or [0])
@@ -186,7 +186,7 @@ def _audit_captions(pairs, splits, tokenizer, out):
     if tokenizer and texts:
         lengths, room = token_lengths(texts, tokenizer)
         out.captions["tokens"] = dict(mean=float(lengths.mean()), max=int(lengths.max()), room=room, truncated=float((lengths > room).mean()))
-    out.with_concepts = sum(bool(c) for c in pairs["concepts"])
+    out.with_concepts = sum(bool(c) for c in pairs["concepts"][:])
     out.straddling["captions"] = _spread(_partners(plain, splits), splits)
 
 # %% ../nbs/04_data.ipynb #b488c251
@@ -222,7 +222,8 @@ def _audit_lines(a):
     for split, s in a.splits.items(): yield f"  {split:<10} {s['images']:>7,} images  {s['groups']:>7,} groups  {s['captions']:>7,} captions"
     yield "straddling (images of one split with a partner in another):"
     for what, spread in a.straddling.items():
-        found = [f"{a.share(what, own, other):.1%} of {own} ({n:,}) in {other}" for own, others in spread.items() for other, n in others.items()]
+        found = [f"{a.share(what, own, other):.1%} of {own} ({spread[own][other]:,}) in {other}"
+                 for own, other in (("test", "train"), ("validation", "train"), ("test", "validation")) if other in spread.get(own, {})]
         yield f"  {what.replace('_', ' '):<16} {'; '.join(found) or 'none'}"
     c = a.captions; w = c["words"]
     yield f"captions: {c['count']:,}, {c['distinct']:,} distinct, {w['mean']:.1f} words on average (95 % up to {w['p95']:.0f}, longest {w['max']}); {c['with_side']:.1%} name a side"
@@ -249,7 +250,7 @@ def audit(pairs_or_source, # pairs table (also one without images), or a source
     "Count what is there and what lies in two splits at once: groups, identical and nearly identical images, captions."
     skipped = []
     pairs, source = _pairs_of(pairs_or_source, skipped)
-    splits, groups, counts = list(pairs["split"]), list(pairs["group"]), [len(c) for c in pairs["captions"]]
+    splits, groups, counts = pairs["split"][:], pairs["group"][:], [len(c) for c in pairs["captions"][:]]
     check_ids(pairs)
     out = Audit(source=source, split_hash=split_hash(pairs), skipped=skipped)
     for split in (s for s in SPLITS if s in splits):

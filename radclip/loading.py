@@ -337,12 +337,12 @@ class PairsDataset(torch.utils.data.Dataset):
         if len(cache) != len(pairs): raise ValueError(f"the cache holds {len(cache)} images and the table {len(pairs)} rows: build the cache from this table")
         self.cache, self.seed, self.augment, self.train, self.epoch = cache, seed, augment, train, 0
         self.rows = cache.good
-        captions = list(pairs["captions"])
+        captions = pairs["captions"][:]
         if empty := [i for i in self.rows if not captions[i]]: raise ValueError(f"{len(empty)} rows have no caption (first: row {empty[0]}): leave them out with load_pairs")
         self.counts = np.asarray([len(c) for c in captions])
         self.starts = np.concatenate([[0], np.cumsum(self.counts)[:-1]])
         self.texts, self.text_ids = _numbered(t for c in captions for t in c)
-        self.groups = _numbered(pairs["group"])[1]
+        self.groups = _numbered(pairs["group"][:])[1]
         self.tokens = None if tokenizer is None else tokenizer(self.texts)
 
     def __len__(self): return len(self.rows)

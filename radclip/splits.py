@@ -31,7 +31,7 @@ def replace_column(pairs, name, values):
 # %% ../nbs/03_splits.ipynb #c5a26eb8
 def check_ids(pairs): # pairs table
     "Raises ValueError if an image_id occurs twice."
-    double = [i for i, n in Counter(pairs["image_id"]).items() if n > 1]
+    double = [i for i, n in Counter(pairs["image_id"][:]).items() if n > 1]
     if double: raise ValueError(f"{len(double)} image_ids occur more than once (first: {', '.join(map(repr, double[:3]))}): each image needs its own")
 
 # %% ../nbs/03_splits.ipynb #d857ac43
@@ -40,10 +40,10 @@ def only_split(pairs, # pairs table
                source:str="the table", # for the error message
               ): # rows of this split
     "The rows of one split. Raises ValueError listing the splits that are there."
-    name, there = SPLIT_NAMES.get(split, split), Counter(pairs["split"])
+    name, there = SPLIT_NAMES.get(split, split), Counter(pairs["split"][:])
     if name not in there:
         raise ValueError(f"{source} has no split {split!r}{nearest(split, there)}; it has {', '.join(f'{s} ({there[s]})' for s in SPLITS if s in there) or 'no rows'}")
-    return pairs.select(np.flatnonzero(np.asarray(pairs["split"]) == name))
+    return pairs.select(np.flatnonzero(np.asarray(pairs["split"][:]) == name))
 
 # %% ../nbs/03_splits.ipynb #0ecf559a
 def group_order(groups, # [N] group of each row
@@ -99,7 +99,7 @@ def split_pairs(pairs, # pairs table
                 seed:int=0, # of the order of the groups
                ): # pairs table with new splits; rows without a split are left out
     "Split by group with a seed: no group on two sides."
-    return _with_splits(pairs, assign_splits(pairs["group"], fractions or FRACTIONS, sizes, seed))
+    return _with_splits(pairs, assign_splits(pairs["group"][:], fractions or FRACTIONS, sizes, seed))
 
 # %% ../nbs/03_splits.ipynb #c5b54715
 def _with_splits(pairs, splits):
@@ -114,7 +114,7 @@ def cut_splits(pairs, # pairs table with splits
               ): # pairs table
     "Cut the given splits to exact sizes by leaving out whole groups (and images of the last one)."
     _check_shares(FRACTIONS, sizes)
-    splits, groups = np.asarray(pairs["split"]), np.asarray(pairs["group"])
+    splits, groups = np.asarray(pairs["split"][:]), np.asarray(pairs["group"][:])
     keep = list(np.flatnonzero(~np.isin(splits, list(sizes))))
     for split, size in sizes.items():
         rows_of = defaultdict(list)
@@ -126,7 +126,7 @@ def cut_splits(pairs, # pairs table with splits
 def straddling_groups(pairs): # pairs table → groups that lie in more than one split
     "Groups that lie in more than one split."
     seen = defaultdict(set)
-    for group, split in zip(pairs["group"], pairs["split"]): seen[group].add(split)
+    for group, split in zip(pairs["group"][:], pairs["split"][:]): seen[group].add(split)
     return sorted(g for g, splits in seen.items() if len(splits) > 1)
 
 # %% ../nbs/03_splits.ipynb #7f2c61df
@@ -143,14 +143,14 @@ def straddle_text(bad):
 def some_groups(pairs, n, seed):
     "The rows of the first n groups in seeded order."
     if n < 1: raise ValueError(f"max_groups must be at least 1, not {n}")
-    some = set(group_order(pairs["group"], seed)[:n])
-    return pairs.select([i for i, g in enumerate(pairs["group"]) if g in some])
+    some = set(group_order(pairs["group"][:], seed)[:n])
+    return pairs.select([i for i, g in enumerate(pairs["group"][:]) if g in some])
 
 # %% ../nbs/03_splits.ipynb #a284e9cb
 def _ids(pairs):
     "{split: sorted image_ids}"
     out = {s: [] for s in SPLITS}
-    for name, split in zip(pairs["image_id"], pairs["split"]): out[split].append(name)
+    for name, split in zip(pairs["image_id"][:], pairs["split"][:]): out[split].append(name)
     return {s: sorted(ids) for s, ids in out.items() if ids}
 
 # %% ../nbs/03_splits.ipynb #80c38fba
@@ -190,7 +190,7 @@ def apply_split(pairs, # pairs table
                ): # pairs table with these splits; rows that the ids don't name are left out
     "Give a table the splits of a file. Raises ValueError if none of its rows is named or a group straddles."
     where = {name: split for split, names in ids.items() for name in names}
-    pairs = _with_splits(pairs, np.array([where.get(name, "") for name in pairs["image_id"]]))
+    pairs = _with_splits(pairs, np.array([where.get(name, "") for name in pairs["image_id"][:]]))
     if not len(pairs): raise ValueError("the split names none of the table's image_ids: is it of another source?")
     if len(pairs) < len(where): warnings.warn(f"{len(where) - len(pairs)} of the split's {len(where)} images are not in the table", stacklevel=2)
     check_groups(pairs)
@@ -203,7 +203,7 @@ def without_straddling(pairs, # pairs table (also one without images)
     "Ids of a split in which no group lies on two sides, by leaving rows out of the less important split."
     if sorted(keep) != sorted(SPLITS): raise ValueError(f"keep must order {', '.join(SPLITS)}, not {keep}")
     rank, owner, ids = {split: i for i, split in enumerate(keep)}, {}, {split: [] for split in SPLITS}
-    rows = list(zip(pairs["image_id"], pairs["group"], pairs["split"]))
+    rows = list(zip(pairs["image_id"][:], pairs["group"][:], pairs["split"][:]))
     for _, group, split in rows: owner[group] = min(owner.get(group, split), split, key=rank.get)
     for name, group, split in rows:
         if split == owner[group]: ids[split].append(name)
