@@ -42,10 +42,13 @@ def write_csv(path, # file to write
              ):
     "Write a csv in UTF-8; values with commas, quotes or line breaks are quoted."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        out = csv.writer(f, lineterminator=end)
-        if header: out.writerow(header)
-        out.writerows(rows)
+    lines = io.StringIO(newline="")
+    for row in [header, *rows] if header else rows:
+        csv.writer(lines, lineterminator="\r\n").writerow(row)  # with this end a lone carriage return in a value is quoted too
+        lines.seek(lines.tell() - 2)
+        lines.truncate()
+        lines.write(end)
+    Path(path).write_bytes(lines.getvalue().encode("utf-8"))
 
 # %% ../nbs/02_layouts.ipynb #95048005
 def write_file(path, # file to write
