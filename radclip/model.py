@@ -46,7 +46,7 @@ class ModelConfig(BaseModel):
     text_width: int | None = None
     text_layers: int | None = None
     text_heads: int | None = None
-    text_pool: Literal["eos", "first", "mean", "max", "cls"] | None = None  # from scratch: mean, max and cls give a BERT
+    text_pool: Literal["eos", "first", "mean", "cls"] | None = None  # from scratch: mean and cls give a BERT
     text_proj: Literal["linear", "mlp"] | None = None  # BERT towers
     text_dropout: float = 0.1           # BERT from scratch
     context_length: int | None = None   # tokens a caption is padded or cut to

@@ -190,12 +190,12 @@ def scratch_bert(tokenizer,             # gives the vocabulary's size and the pa
 def bert_text(bert,                      # a transformers `BertConfig` (or RoBERTa's)
               folder: str | Path,        # where its config.json is put for open_clip to find
               context_length: int = 48,  # tokens a caption is padded or cut to
-              pool: str = "mean",        # "mean", "max" or "cls" over the tokens
+              pool: str = "mean",        # "mean" over the tokens (padding apart) or "cls", the first
               proj: str = "linear",      # from the tower's width to the embedding: "linear" or "mlp"
               ) -> dict:                 # open_clip's `text_cfg`
     "Describe a BERT text tower for open_clip; its config lies in `folder`."
     bert.save_pretrained(folder)
-    pooler = {"mean": "mean_pooler", "max": "max_pooler", "cls": "cls_last_hidden_state_pooler"}[pool]
+    pooler = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}[pool]
     return {"hf_model_name": str(folder), "hf_model_pretrained": False, "hf_tokenizer_name": str(folder),
             "context_length": context_length, "hf_pooler_type": pooler, "hf_proj_type": proj}
 
