@@ -167,6 +167,7 @@ def replace_folder(
     fresh, old = (target.parent / f".{target.name}.{os.getpid()}.{word}" for word in ("new", "old"))
     try:
         shutil.copytree(source, fresh)
+        fresh.chmod(0o755)  # a temporary folder is closed to others, an index need not be
         if target.exists():
             os.rename(target, old)
         os.rename(fresh, target)
