@@ -81,7 +81,7 @@ def retrieval_grid(
 
     if not rows: raise ValueError("there is nothing to draw: no query")
     asks_text, images, texts = direction == "text_to_image", found.pairs.select_columns(["image"]), found.texts
-    fig, axes = plt.subplots(len(rows), k + 2, figsize=(1.45 * (k + 2), 1.65 * len(rows) + 0.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(rows), k + 2, figsize=(1.4 * (k + 2), 1.6 * len(rows) + 0.4), squeeze=False, layout="constrained")
     for line, row in zip(axes, rows):
         for ax in line: ax.axis("off")
         shown = [(item, f"{place}{' ✓' if right else ''}", "-" if right else None)

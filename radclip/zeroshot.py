@@ -88,6 +88,7 @@ def concept_report(
     names: dict[str, str],  # {CUI: name in words}
     image_emb: torch.Tensor | None = None,  # `[N, D]`, where the images are embedded already
     least: int = 5,  # images that must have the concept, and as many that must lack it
+    absent: Sequence[str] = (),  # wordings of its absence, whose score is subtracted; none: only the name counts
 ) -> list[dict]:  # cui, name, images (that have it), AUROC; best first
     """How well each affirmed concept is found by its name alone.
 
@@ -98,8 +99,10 @@ def concept_report(
     asked = [cui for cui in names if least <= truth[cui].sum() <= len(held) - least]
     if not asked: raise ValueError(f"none of the {len(names)} concepts is affirmed for {least} images or more (and absent from as many)")
     image_emb = encode_images(encoder, pairs) if image_emb is None else image_emb
-    there, absent = (label_embeddings(encoder, [names[cui] for cui in asked], t) for t in (TEMPLATES, ABSENT))
-    scores = (image_emb @ (there - absent).T).numpy()
+    said = [names[cui] for cui in asked]
+    label_emb = label_embeddings(encoder, said)
+    if absent: label_emb = label_emb - label_embeddings(encoder, said, absent)
+    scores = (image_emb @ label_emb.T).numpy()
     rows = [{"cui": cui, "name": names[cui], "images": int(truth[cui].sum()), "AUROC": auroc(scores[:, i], truth[cui])}
             for i, cui in enumerate(asked)]
     return sorted(rows, key=lambda row: -row["AUROC"])
