@@ -89,6 +89,8 @@ def test_every_row_is_in_the_table_merged_or_listed():
 def test_further_columns_keep_their_type():
     raws = [row(image_id=str(i), image=png(i), age=a, score=s, flag=f, tags=t, odd=o) for i, (a, s, f, t, o) in enumerate([(60, 1, True, ["x"], {"k": 1}), (None, 0.5, None, [], "text")])]
     table = make_table(clean_rows(raws, []))
+    big = make_table(clean_rows([row(n=2**70)], []))
+    assert big["n"][:] == [str(2**70)]
     assert {n: str(table.features[n]) for n in ("age", "score", "flag", "tags", "odd")} == {
         "age": "Value('int64')", "score": "Value('float64')", "flag": "Value('bool')", "tags": "List(Value('string'))", "odd": "Value('string')"}
     assert table["age"][:] == [60, None] and json.loads(table["odd"][0]) == {"k": 1}
@@ -125,7 +127,8 @@ def test_csv_captions_survive_quoting(tmp_path_factory, captions):
     from radclip.layouts import write_csv
     path = tmp_path_factory.mktemp("csv") / "captions.csv"
     write_csv(path, ["image", "caption"], [(f"{i}.jpg", c) for i, c in enumerate(captions)])
-    assert [r["caption"] for r in read_csv(path, ["image", "caption"])] == captions
+    rows = read_csv(path, ["image", "caption"], bad := [])
+    assert [r["caption"] for r in rows] == captions and bad == []
 
 
 @settings(max_examples=150, deadline=None)
@@ -134,6 +137,26 @@ def test_any_captions_and_concepts_reach_the_table(captions, concepts):
     rows = clean_rows([row(caption=None, captions=captions, concepts=concepts)], skipped := [])
     if not captions: assert skipped[0]["why"] == "empty caption"
     else: assert make_table(rows)["captions"][0] == captions and make_table(rows)["concepts"][0] == list(dict.fromkeys(concepts))
+
+
+def test_broken_csv_records_are_listed_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('image,caption\na.jpg,fine\nb.jpg,a dog, running\nc.jpg,"never closed\nd.jpg,fine too\n\ne.jpg,"two\nlines"\nf.jpg\ng.jpg,odd "quote" inside,\n')
+    rows = read_csv(path, ["image", "caption"], bad := [])
+    assert [(r["image"], r["caption"]) for r in rows] == [("a.jpg", "fine"), ("d.jpg", "fine too"), ("e.jpg", "two\nlines"), ("f.jpg", None), ("g.jpg", 'odd "quote" inside')]
+    assert [r["_where"] for r in rows] == [f"x.csv:{n}" for n in (2, 5, 7, 9, 10)]
+    assert [(b["_where"], b["_why"].split(":")[0]) for b in bad] == [("x.csv:3", "more fields than columns"), ("x.csv:4", "broken quoting")]
+
+
+def test_csv_headers(tmp_path):
+    for text, says in (("", "it has none"), ("file,text\n", "it has file, text")):
+        (tmp_path / "x.csv").write_text(text)
+        with pytest.raises(ValueError, match=f"no column 'image'.*{says}"): read_csv(tmp_path / "x.csv", ["image"], [])
+    with pytest.raises(FileNotFoundError, match="missing"): read_csv(tmp_path / "none.csv", [], [])
+    (tmp_path / "x.csv").write_bytes("\ufeff image ,caption\r\na.jpg,b\r\n".encode())
+    assert read_csv(tmp_path / "x.csv", ["image"], [])[0]["image"] == "a.jpg"
+    (tmp_path / "x.csv").write_text("image\tcaption\na.jpg\tb, c\n")
+    assert read_csv(tmp_path / "x.csv", ["image"], [])[0]["caption"] == "b, c"
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):

@@ -7,11 +7,13 @@ from datasets import Dataset, Features, Image as HubImage, Value
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+import radclip.readers as readers
 import radclip.sources as sources
 from radclip.layouts import one_line, openi_studies, pair_rows, write_layout
 from radclip.pairs import clean_rows, make_table, pairs_features, skip_summary
 from radclip.phantom import phantom_pairs
-from radclip.sources import HUB, SOURCES, clean_report, first_rows, read_roco_metadata, read_source, report_text, split_source, stream_source
+from radclip.readers import clean_report, report_text
+from radclip.sources import HUB, SOURCES, first_rows, read_roco_metadata, read_source, split_source, stream_source
 
 DATA = os.environ.get("RADCLIP_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RADCLIP_DATA is not set: the real files aren't at hand")
@@ -191,6 +193,55 @@ def test_flickr8k_lists(written, tmp_path):
     assert set(read_source(f"flickr8k:{folder}", skipped := [])["split"]) == {"train"} and skipped == []
 
 
+def test_side_tables_and_double_lines(written, tmp_path):
+    import shutil
+    folder = tmp_path / "roco"
+    shutil.copytree(written("roco"), folder)
+    at = folder / "test" / "radiology"
+    with open(at / "captions.txt", "a") as f: f.write((at / "captions.txt").read_text().splitlines()[0] + " again\n")
+    with open(at / "licences.txt", "a") as f: f.write('"ROCO_99999,never closed\n')
+    table = read_source(f"roco:{folder}", skipped := [])
+    assert len(table) == len(read_source(f"roco:{written('roco')}")) and not any("again" in c[0] for c in table["captions"][:])
+    assert {(s["where"].split(":")[0], s["why"].split(":")[0]) for s in skipped} == {("captions.txt", "duplicate id in one list"), ("licences.txt", "broken quoting")}
+
+
+def test_openi_faults(written, tmp_path):
+    import shutil
+    folder = tmp_path / "openi"
+    shutil.copytree(written("openi"), folder)
+    with open(folder / "indiana_projections.csv", "a") as f: f.write("77777,x.png,Frontal\n1,gone.png,Lateral\n1\n")
+    table = read_source(f"openi:{folder}", skipped := [])
+    assert len(table) == len(read_source(f"openi:{written('openi')}")) and [s["why"].split(":")[0] for s in skipped] == ["no report with this uid", "image file is missing", "image file is missing"]
+
+
+def test_flickr8k_faults_hit_one_caption_not_the_image(tmp_path):
+    (tmp_path / "Images").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "Images" / "1_a.jpg")
+    (tmp_path / "captions.txt").write_text("image,caption\n1_a.jpg,good\n1_a.jpg,a dog, running\n1_a.jpg, \n1_a.jpg,good too\n")
+    assert read_source(f"flickr8k:{tmp_path}", skipped := [])["captions"][:] == [["good", "good too"]]
+    assert sorted(s["where"] for s in skipped) == ["captions.txt:3", "captions.txt:4"]
+
+
+def test_relative_paths_work_from_anywhere(written, monkeypatch, tmp_path):
+    for kind in ("roco", "jsonl", "flickr8k"):
+        monkeypatch.chdir(written(kind).parent)
+        table = read_source(f"{kind}:{kind}")
+        monkeypatch.chdir(tmp_path)
+        assert table[0]["image"].size == (64, 64)
+
+
+def test_two_files_of_one_name_are_not_guessed_between(tmp_path):
+    for sub in ("left", "right"):
+        (tmp_path / sub).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / sub / "x.png")
+    (tmp_path / "m.csv").write_text("image,caption\nx.png,which?\nleft/x.png,this\n")
+    assert read_source(f"images:{tmp_path}", skipped := [])["captions"][:] == [["this"]] and skipped[0]["why"].startswith("several files have this name")
+
+
+def test_mapping_captions_replaces_them(tmp_path):
+    assert read_source(jsonl(tmp_path, GOOD | {"title": "better"}), columns={"captions": "title"})["captions"][:] == [["better"]]
+
+
 def test_flickr8k_keeps_five_captions_even_equal_ones(tmp_path):
     (tmp_path / "Images").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "Images" / "1_a.jpg")
@@ -288,7 +339,7 @@ def test_dicom_window_then_inversion(tmp_path):
     dicom(tmp_path / "plain.dcm", ramp)
     dicom(tmp_path / "window.dcm", ramp, WindowCenter=1000, WindowWidth=500)
     dicom(tmp_path / "inverse.dcm", ramp, "MONOCHROME1", WindowCenter=1000, WindowWidth=500)
-    read = lambda name: np.asarray(sources.dicom_image(tmp_path / name)[0]).astype(int).ravel()
+    read = lambda name: np.asarray(readers.dicom_image(tmp_path / name)[0]).astype(int).ravel()
     plain, window, inverse = read("plain.dcm"), read("window.dcm"), read("inverse.dcm")
     assert np.abs(plain - ramp.ravel() / 4095 * 255).max() <= 0.51
     law = np.clip((ramp.ravel() - (1000 - 0.5)) / (500 - 1) + 0.5, 0, 1) * 255  # PS3.3 C.11.2.1.2.1
@@ -300,7 +351,7 @@ def test_dicom_rescale_goes_before_the_window(tmp_path):
     stored = np.full((8, 8), 1024 + 40, np.uint16)
     stored[0] = 0
     dicom(tmp_path / "ct.dcm", stored, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
-    grey = np.asarray(sources.dicom_image(tmp_path / "ct.dcm")[0])
+    grey = np.asarray(readers.dicom_image(tmp_path / "ct.dcm")[0])
     assert grey[0, 0] == 0 and abs(int(grey[4, 4]) - 128) <= 1  # 40 HU is the middle of the window
 
 
@@ -312,8 +363,9 @@ def test_dicom_folder(tmp_path):
     table = read_source(f"dicom:{tmp_path}", skipped := [])
     assert (table["captions"][:], table["group"][:], table["view"][:]) == ([["Left effusion"]], ["P1"], ["frontal"]) and table[0]["image"].size == (8, 8)
     assert [(s["where"], s["why"].split(":")[0]) for s in skipped] == [("b.dcm", "empty caption"), ("c.dcm", "DICOM can't be read")]
-    (tmp_path / "captions.csv").write_text("image,caption\na.dcm,from the csv\nb.dcm,second\n")
-    table = read_source(f"dicom:{tmp_path}", [])
+    (tmp_path / "captions.csv").write_text("image,caption\na.dcm,from the csv\nb.dcm,second\ngone.dcm,third\n")
+    table = read_source(f"dicom:{tmp_path}", skipped := [])
+    assert any("gone.dcm" in s["why"] for s in skipped)
     assert table["captions"][:] == [["from the csv"], ["second"]] and table["group"][:] == ["P1", "P2"]
 
 
