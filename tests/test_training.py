@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from radclip import training
-from radclip.contrastive import build_contrastive
+from radclip.contrastive import build_contrastive, encode_by_length, padding_id
 from radclip.data import prepare_pairs
 from radclip.recipe import Recipe, find_run
 from radclip.training import MetricsFile, fit, pick_precision, rate_factor, save_checkpoint
@@ -110,10 +110,25 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
 
 
 def test_the_gradient_cache_changes_no_loss(tmp_path):
-    "Without dropout the pieces make no difference: the whole run is that of the big batch."
-    still = dict(text_dropout=0.0)
-    a, b = (losses(fit(tiny(model=still, micro_batch=m), out=tmp_path, quiet=True)) for m in (None, 5))
+    "Without dropout and with BatchNorm at rest the pieces make no difference: the whole run is that of the big batch."
+    still = dict(model=dict(text_dropout=0.0), freeze=dict(image="projection"), cache_frozen=False)
+    a, b = (losses(fit(tiny(**still, micro_batch=m), out=tmp_path, quiet=True)) for m in (None, 5))
     assert len(a) == 10 and all(math.isclose(a[s], b[s], rel_tol=1e-4) for s in a)
+
+
+def test_the_gradient_cache_warns_of_batchnorm(tmp_path):
+    run = fit(tiny(epochs=1, micro_batch=5), out=tmp_path, quiet=True)
+    assert "BatchNorm sees micro-batches" in (run.folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("pool", ["eos", "mean", "max", "cls"])
+def test_leaving_padding_out_changes_no_embedding(pool):
+    _, task, data = build_contrastive(tiny(model=dict(text_pool=pool, context_length=96)), say=lambda line: None)
+    tokens = data.train.tokens[:64]
+    assert padding_id(task.model) == 0 and (tokens == 0).any()
+    task.model.eval()
+    with torch.no_grad(): short, long = encode_by_length(task.model, tokens), task.model.encode_text(tokens)
+    assert torch.allclose(short, long, atol=1e-5)
 
 
 def test_zero_epochs_is_the_untrained_model(tmp_path):
