@@ -127,15 +127,14 @@ def find_hnsw(index, vectors, queries, k, settings):
 
 # %% ../nbs/15_neighbours.ipynb #5e986e05
 def find_compressed(index, vectors, queries, k, settings):
-    "Candidates by their codes in the nprobe nearest cells, then the true cosine of the best rerank·k."
+    "Candidates by their codes in the nprobe nearest cells, each with its true cosine."
     import faiss
 
     params = faiss.SearchParametersIVF(nprobe=settings["nprobe"])
     wanted = min(k * settings["rerank"], len(vectors))
-    candidates = np.sort(index.search(queries, wanted, params=params)[1], axis=1)
-    scores = np.einsum("bd,bkd->bk", queries, vectors[candidates])
-    best, columns = top_rows(torch.from_numpy(np.where(candidates < 0, -np.inf, scores).astype(np.float32)), k)
-    return best.numpy(), np.take_along_axis(candidates, columns.numpy(), axis=1)
+    found = index.search(queries, wanted, params=params)[1]
+    scores = np.stack([vectors[rows] @ query for query, rows in zip(queries, found)])
+    return np.where(found < 0, -np.inf, scores), found
 
 
 FINDERS = {"exact": find_exact, "hnsw": find_hnsw, "compressed": find_compressed}
@@ -200,9 +199,10 @@ class VectorIndex:
         if rows is None and (self.kind == "exact" or 10 * k <= len(self.vectors)):
             settings = {**self.settings, **(settings or {})}
             scores, found = FINDERS[self.kind](self.index, self.vectors, queries, k, settings)
+            order = np.lexsort((found, -scores))[:, :k]  # equal scores: the lower row first
+            scores, found = (np.take_along_axis(part, order, axis=1) for part in (scores, found))
             if (found >= 0).all():
-                order = np.lexsort((found, -scores))  # equal scores: the lower row first
-                return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
+                return scores, found
         return exact_search(self.vectors, queries, k, rows)
 
 # %% ../nbs/15_neighbours.ipynb #f5e65cb2
