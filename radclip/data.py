@@ -17,7 +17,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .pairs import SPLIT_NAMES, as_list, nearest, need_columns, skip_summary
-from .sources import read_roco_metadata, read_source, roco_splits, split_source
+from .readers import roco_splits
+from .sources import read_roco_metadata, read_source, split_source
 from .splits import (FRACTIONS, SPLITS, apply_split, check_ids, cut_splits, load_split, only_split, replace_column, some_groups, split_hash, split_pairs,
                             straddle_text, straddling_groups, without_straddling)
 

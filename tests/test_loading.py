@@ -1,5 +1,5 @@
 "Loading: bytes equal to the model's own preprocess, a cache that survives what happens to files, sides kept, order that can be resumed."
-import io, os, pickle, warnings
+import io, os, pickle, subprocess, sys
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Image, List, Value
 from hypothesis import given, settings, strategies as st
 from open_clip.transform import image_transform
 from PIL import Image as PIL
+from torchvision.transforms import Compose, Resize, ToTensor
 
 import radclip.loading as loading
 from radclip.loading import (AugmentConfig, EpochBatches, PairsDataset, PixelCache, augment, collate, draw_caption, eight_bit, place_uniform,
@@ -124,12 +125,47 @@ def test_an_interrupted_build_goes_on_and_is_never_half_read(tmp_path, monkeypat
         return real(*a)
     monkeypatch.setattr(loading, "resize_image", dies)
     with pytest.raises(KeyboardInterrupt): PixelCache.build(pairs, preprocess, tmp_path, workers=1)
-    assert [p.name.endswith(".partial") for p in (tmp_path / "pixels").iterdir()] == [True]
+    assert len(list((tmp_path / "pixels").glob("*.partial"))) == 1
     calls = counted(monkeypatch); monkeypatch.setattr(loading, "resize_image", lambda *a: calls.append(1) or real(*a))
     cache = PixelCache.build(pairs, preprocess, tmp_path, workers=1)
     assert len(calls) < 40, "it began again"
     assert all(np.array_equal(cache.pixels[i], resize_image(image, split_preprocess(preprocess)[0])) for i, image in enumerate(images))
-    assert [p.name.endswith(".partial") for p in (tmp_path / "pixels").iterdir()] == [False]
+    assert not list((tmp_path / "pixels").glob("*.partial"))
+
+
+BUILD = """
+import os, time
+import datasets, numpy as np
+from PIL import Image
+from torchvision.transforms import Compose, Resize, ToTensor
+import radclip.loading as loading
+real, calls = loading.resize_image, []
+def slow(*a):
+    calls.append(1)
+    if len(calls) > {most}: os._exit(9)
+    time.sleep(0.01)
+    return real(*a)
+loading.resize_image, loading._fill.__defaults__ = slow, (8,)
+images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)) for i in range(40)]
+table = datasets.Dataset.from_dict(dict(image=images), features=datasets.Features(image=datasets.Image()))
+cache = loading.PixelCache.build(table, Compose([Resize(16), ToTensor()]), {folder!r}, workers=1)
+print(len(calls), int(cache.pixels[:].astype(int).sum()))
+"""
+
+
+def run_build(folder, most=10**6):
+    code = BUILD.format(folder=str(folder), most=most)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+
+def test_a_process_that_died_is_continued_and_two_at_once_share_the_work(tmp_path):
+    dead = run_build(tmp_path / "a", most=20); dead.communicate()
+    assert dead.returncode == 9 and list((tmp_path / "a" / "pixels").glob("*.partial"))
+    two = [run_build(tmp_path / "a"), run_build(tmp_path / "a")]
+    (decoded, total), (others, same) = sorted(([int(x) for x in p.communicate()[0].split()] for p in two), reverse=True)
+    assert (decoded, others) == (24, 0)  # two chunks of 8 were done already; who came second decoded nothing
+    geometry = split_preprocess(Compose([Resize(16), ToTensor()]))[0]
+    assert total == same == sum(int(resize_image(noise(20, 20, seed=i), geometry).astype(int).sum()) for i in range(40))
 
 
 def test_a_damaged_cache_is_rebuilt(tmp_path):
