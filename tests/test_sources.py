@@ -317,7 +317,7 @@ def test_saved_set_with_other_column_names(tmp_path):
     table = read_source(f"disk:{tmp_path / 'd'}")
     assert (table["captions"][0], table["group"][0], table["image_id"][0]) == (["chest"], "P1", "7") and table[0]["image"].size == (8, 8)
     Dataset.from_list([{"text": "x"}]).save_to_disk(str(tmp_path / "t"))
-    with pytest.raises(ValueError, match="no column 'image'"): read_source(f"disk:{tmp_path / 't'}")
+    with pytest.raises(ValueError, match="no column of images; it has text"): read_source(f"disk:{tmp_path / 't'}")
 
 
 def dicom(path, pixels, photometric="MONOCHROME2", **tags):
