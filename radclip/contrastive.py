@@ -103,7 +103,8 @@ def padding_id(model, # an open_clip model
               ): # the token that fills up a caption's end, if leaving it out changes no embedding; else None
     "Which towers can read captions shorter than their context: BERTs, and causal transformers that pool at the end token."
     text = getattr(model, "text", None)
-    if hasattr(text, "config"): return text.config.pad_token_id
+    if hasattr(text, "config"):  # open_clip's max pooling takes the padding in and leaves the words out
+        return None if type(text.pooler).__name__ == "MaxPooler" else text.config.pad_token_id
     return text.pad_id if getattr(text, "pool_type", "") == "eos" and getattr(text, "cls_emb", 0) is None and text.attn_mask is not None else None
 
 # %% ../nbs/13_contrastive.ipynb #c0451128

@@ -251,7 +251,7 @@ def write_row(book, figures):
     book.metrics.add(place | row | {f"val_{name}": value for name, value in figures.items()})
     if "loss" in row: book.losses.append(row["loss"])
     if book.monitor in figures: book.shown = f"{book.monitor} {figures[book.monitor]:.3f}"
-    book.bar.set_postfix_str(f"loss {row.get('loss', math.nan):.3f} {book.shown}", refresh=False)
+    if row: book.bar.set_postfix_str(f"loss {row['loss']:.3f} {book.shown}", refresh=False)
     book.bar.update(engine.step - book.bar.n)
 
 # %% ../nbs/14_training.ipynb #0a28363a
@@ -261,7 +261,7 @@ def say_progress(book, figures):
     loss = sum(losses) / len(losses) if losses else None
     left = book.seconds / engine.step * (engine.total - engine.step) if engine.step else 0
     told = [f"step {engine.step}/{engine.total}", f"loss {loss:.4f}" if losses else "untrained",
-            *(f"{name} {value:.4f}" for name, value in figures.items()), f"{left:.0f} s left" if 0 < engine.step < engine.total else ""]
+            *([f"{book.monitor} {figures[book.monitor]:.4f}"] if figures else []), f"{left:.0f} s left" if 0 < engine.step < engine.total else ""]
     book.log(" · ".join(t for t in told if t))
     chance = book.task.chance_loss(engine.data)
     if loss and chance and abs(loss / chance - 1) < 0.02:
