@@ -1,0 +1,160 @@
+"""Runs measured on their own split and on others: what is cached, what is written, what is refused."""
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from radclip.data import load_pairs, prepare_pairs
+from radclip.evaluation import embed_split, evaluate, format_report, source_slug
+from radclip.evaluation import retrieval_report  # noqa: F401 (a name that stays)
+from radclip.model import build_model, save_model
+from radclip.ranking import retrieval_report as ranking_report
+from radclip.recipe import load_recipe, new_run
+from radclip.splits import split_hash
+
+SOURCE = "phantom:90"
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return build_model({"kind": "phantom", "text_layers": 1, "vocab_size": 300}, captions=load_captions())
+
+
+def load_captions(): return [c for row in load_pairs(SOURCE)["captions"][:] for c in row]
+
+
+@pytest.fixture
+def run(tmp_path, encoder):
+    run = new_run(load_recipe("phantom", f"data.source={SOURCE}", "data.sizes=null", "evaluate.bootstrap=50", "evaluate.pools=[4]"), tmp_path / "runs")
+    save_model(encoder, run.model_folder)
+    return run
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    "Counts how often images are encoded."
+    import radclip.evaluation as evaluation
+    calls, encode = [], evaluation.encode_images
+    monkeypatch.setattr(evaluation, "encode_images", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    return calls
+
+
+def test_own_test_split_goes_to_metrics_and_evaluations(run):
+    report = evaluate(run)
+    written = json.loads((run.folder / "evaluations" / "phantom-90-test.json").read_text())
+    assert written == report == json.loads((run.folder / "metrics.json").read_text())
+    pairs = prepare_pairs(run.recipe.data)
+    assert report["pool"]["split"] == "test" and report["pool"]["split_hash"] == split_hash(pairs) and report["pool"]["source"] == SOURCE
+    assert report["pool"]["images"] == pairs["split"][:].count("test")
+    assert [c["images"] for c in report["pool_curve"]] == [4, report["pool"]["images"]]
+
+
+def test_the_report_is_that_of_the_embeddings(run):
+    report, found = evaluate(run), embed_split(run)
+    owner = [i for i, held in enumerate(found.pairs["captions"][:]) for _ in held]
+    assert found.text_image.tolist() == owner and found.texts == [c for row in found.pairs["captions"][:] for c in row]
+    again = ranking_report(found.image_emb, found.text_emb, owner, found.texts, config=run.recipe.evaluate)
+    for part in ("image_to_text", "text_to_image", "strict", "batchwise"): assert report[part] == again[part]
+
+
+def test_another_split_leaves_metrics_alone(run):
+    evaluate(run, split="validation")
+    assert not (run.folder / "metrics.json").exists() and (run.folder / "evaluations" / "phantom-90-validation.json").exists()
+    assert evaluate(run, split="dev")["pool"]["images"] == evaluate(run, split="validation")["pool"]["images"]
+
+
+def test_embeddings_are_reused_until_rows_or_weights_change(run, encoder, encoded):
+    first = embed_split(run)
+    assert torch.equal(first.image_emb, embed_split(run).image_emb) and len(encoded) == 1
+    with torch.no_grad(): encoder.model.logit_scale.add_(0.1)
+    save_model(encoder, run.model_folder)
+    embed_split(run)
+    assert len(encoded) == 2
+    embed_split(run, split="validation")
+    assert len(encoded) == 3
+    evaluate(run, "phantom:90:5"); evaluate(run, "phantom:90:5")
+    assert len(encoded) == 4
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-100], lambda b: b"", lambda b: b"\xff" * 64 + b[64:]])
+def test_a_damaged_file_is_computed_again(run, encoded, spoil):
+    embed_split(run)
+    file = run.folder / "embeddings" / "test.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    embed_split(run)
+    assert len(encoded) == 2
+    with safe_open(file, "pt") as stored: assert set(stored.keys()) == {"image_emb", "text_emb", "text_image"}
+
+
+def test_nothing_is_left_beside_the_files(run):
+    evaluate(run)
+    left = [f.name for f in run.folder.rglob("*") if f.name.startswith(".")]
+    assert not left
+
+
+def test_an_absent_split_lists_those_present(run, tmp_path):
+    with pytest.raises(ValueError, match=r"no split 'tset'.*did you mean 'test'.*train \(\d+\), validation \(\d+\), test \(\d+\)"): evaluate(run, split="tset")
+    write_pairs(tmp_path, split="train")
+    with pytest.raises(ValueError, match=r"no split 'test'.*it has train \(12\)"): evaluate(run, f"jsonl:{tmp_path}/pairs.jsonl")
+    assert evaluate(run, f"jsonl:{tmp_path}/pairs.jsonl", split="all")["pool"]["images"] == 12
+
+
+def write_pairs(folder, split="test", **extra):
+    "Twelve grey squares with captions, as JSONL."
+    rows = []
+    for i in range(12):
+        Image.new("L", (40, 40), 20 * i).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "captions": [f"square {i}", f"grey {i % 3}"], "split": split} | {k: f"{v}{i // 2}" for k, v in extra.items()})
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_another_source_takes_the_recipes_columns_along(tmp_path, encoder):
+    for name in ("own", "other"): (tmp_path / name).mkdir()
+    write_pairs(tmp_path / "own", case_id="a")
+    write_pairs(tmp_path / "other", case_id="b")
+    recipe = load_recipe("phantom", f"data.source=jsonl:{tmp_path}/own/pairs.jsonl", "data.sizes=null", "data.columns={group: case_id}")
+    run = new_run(recipe, tmp_path / "runs")
+    save_model(encoder, run.model_folder)
+    found = embed_split(run, f"jsonl:{tmp_path}/other/pairs.jsonl")
+    assert found.pairs["group"][:4] == ["b0", "b0", "b1", "b1"]
+    assert len(found.texts) == 24 and len(found.image_emb) == 12
+    assert embed_split(run, SOURCE).pool["source"] == SOURCE  # a layout without that column: the mapping is dropped
+    write_pairs(tmp_path / "other")
+    with pytest.raises(ValueError, match="case_id"): embed_split(run, f"jsonl:{tmp_path}/other/pairs.jsonl")
+
+
+def test_pairs_that_changed_since_training_are_refused(run):
+    run.update(split_hash="0" * 16)
+    with pytest.raises(ValueError, match="have changed since"): evaluate(run)
+    assert evaluate(run, SOURCE)["pool"]["source"] == SOURCE
+
+
+def test_a_tiny_pool_is_warned_about(run):
+    with pytest.warns(UserWarning, match="too few to measure search"): evaluate(run, "phantom:40")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(run)
+
+
+def test_model_folders_and_missing_runs(run, tmp_path):
+    report = evaluate(run.model_folder, SOURCE)
+    assert report["image_to_text"] == evaluate(run, SOURCE)["image_to_text"]
+    with pytest.raises(ValueError, match="name a source"): evaluate(run.model_folder)
+    with pytest.raises(FileNotFoundError): evaluate("no-such-run")
+
+
+def test_slugs_are_file_names():
+    assert source_slug("phantom") == "phantom" and source_slug("phantom:600:2") == "phantom-600-2"
+    assert source_slug("jsonl:/a/b/medpix2/pairs.jsonl") == "jsonl-medpix2-pairs" and source_slug("flickr8k:../data/Flickr 8k") == "flickr8k-data-Flickr-8k"
+    assert "/" not in source_slug("roco:/x/../y/")
+
+
+def test_the_table_names_pool_split_and_direction(run):
+    text = format_report(evaluate(run))
+    for part in ("phantom:90", "split test", "image to text", "text to image", "own captions only", "within batches of"): assert part in text
+    assert "given embeddings" in format_report(ranking_report(torch.eye(40), torch.eye(40), list(range(40))))
