@@ -1,4 +1,5 @@
 """The command line: every command's good path on tiny phantoms, every error in one line."""
+import contextlib
 import io
 import json
 import math
@@ -16,7 +17,7 @@ from PIL import Image
 
 from radclip import cli
 
-TINY = ["data.source=phantom:150", "train.epochs=1", "train.batch_size=16"]
+TINY = ["data.source=phantom:150", "data.sizes=null", "train.epochs=1", "train.batch_size=16"]
 PROGRAM = [sys.executable, "-c", "import sys; from radclip.cli import main; sys.exit(main())"]
 
 
@@ -51,9 +52,12 @@ def trained(tmp_path_factory):
 def indexed(trained):
     "The same folder after `radclip index`."
     folder = trained[0]
-    code, out, err = radclip("index", "--out", "found", cwd=folder)
-    assert code == 0, err
-    assert "found" in out and (folder / "found" / "index.json").is_file()
+    before, page = os.getcwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(page): assert cli.main(["index", "--out", "found"]) == 0
+    finally: os.chdir(before)
+    assert "found" in page.getvalue() and (folder / "found" / "index.json").is_file()
     return folder
 
 
@@ -155,7 +159,6 @@ def test_no_words_show_the_help(capsys):
     (["evaluate"], "radclip train"),
     (["evaluate", "nowhere"], "nowhere"),
     (["index"], "radclip train"),
-    (["index", "phantom"], "--source"),
     (["search"], "INDEX"),
     (["search", "nowhere", "words"], "nowhere"),
     (["search", "nowhere"], "--image"),
@@ -206,9 +209,10 @@ def test_an_unexpected_error_is_named_and_debug_shows_it(capsys, monkeypatch):
 
 
 def test_errors_in_a_process_of_their_own(tmp_path):
-    code, out, err = radclip("train", "fantom", cwd=tmp_path)
+    words = ("classify", "x.png", "--label", "one label alone")
+    code, out, err = radclip(*words, cwd=tmp_path)
     assert (code, out) == (2, "") and err.count("\n") == 1
-    code, out, err = radclip("train", "fantom", "--debug", cwd=tmp_path)
+    code, out, err = radclip(*words, "--debug", cwd=tmp_path)
     assert code not in (0, 2) and "Traceback" in err and out == ""
 
 
@@ -232,14 +236,18 @@ def test_recipes(capsys, monkeypatch):
     rows = {r["name"]: r for r in strict(capsys.readouterr().out)}
     packaged = {p.stem for p in (Path(cli.__file__).parent / "recipes").glob("*.yaml")}
     assert set(rows) == packaged and all(r["description"] for r in rows.values())
-    assert rows["phantom"]["missing"] == []
-    assert any("RADCLIP_DATA" in " ".join(r["missing"]) for r in rows.values())
+    assert rows["phantom"]["needs"] == rows["phantom"]["stand_ins"] == []
+    assert rows["medpix"]["needs"] == ["$RADCLIP_DATA (not set)", "$RADCLIP_WEIGHTS (not set)"] and rows["medpix"]["stand_ins"]
+    assert rows["roco-vitb32-v1"]["needs"] == ["data from the hub", "weights from the hub"]
+    for name in ("RADCLIP_DATA", "RADCLIP_WEIGHTS"): monkeypatch.setenv(name, "/somewhere")
+    assert cli.main(["recipes", "--json"]) == 0
+    assert not {r["name"]: r for r in strict(capsys.readouterr().out)}["medpix"]["needs"]
 
 
 def test_recipes_for_a_person(capsys):
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[0] == "recipe" and any(line.startswith("phantom ") and line.endswith("ready") for line in lines)
+    assert lines[0].split()[0] == "recipe" and any(line.startswith("phantom ") and line.endswith("nothing") for line in lines)
 
 
 def test_data_audits_a_source(here, capsys):
@@ -299,9 +307,9 @@ def test_evaluate_a_split_that_is_not_there(within, capsys):
     assert "test" in one_line(capsys).split("dress rehearsal")[-1]
 
 
-def test_interrupt_leaves_a_run_that_resumes(tmp_path):
-    words = ["train", "data.source=phantom:150", "train.batch_size=8", "train.epochs=400", "train.checkpoint_every=2"]
-    process = subprocess.Popen([*PROGRAM, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_interrupt_leaves_a_run_that_resumes(tmp_path, monkeypatch, capsys):
+    words = ["data.source=phantom:150", "data.sizes=null", "train.batch_size=8", "train.epochs=12", "train.checkpoint_every=2"]
+    process = subprocess.Popen([*PROGRAM, "train", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/phantom/*/checkpoints/last.ckpt")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
@@ -312,8 +320,12 @@ def test_interrupt_leaves_a_run_that_resumes(tmp_path):
     last = err.strip().splitlines()[-1]
     assert last.startswith("radclip: stopped") and last.endswith("--resume goes on") and "Traceback" not in err
     assert json.loads(next(tmp_path.glob("runs/phantom/*/run.json")).read_text())["finished"] is False
-    code, out, err = radclip("train", *words, "train.epochs=1", "--resume", cwd=tmp_path)
-    assert code == 2 and "train.epochs" in err.strip().splitlines()[-1], "another recipe may not go on with the run"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *words, "train.epochs=1", "--resume"]) == 2, "another recipe may not go on with the run"
+    assert "train.epochs" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert cli.main(["train", *words, "--resume"]) == 0
+    run, = tmp_path.glob("runs/phantom/*/run.json")
+    assert json.loads(run.read_text())["finished"] is True and str(Path("runs") / "phantom" / run.parent.name) in capsys.readouterr().out
 
 
 # ---- index, search, classify
@@ -359,6 +371,12 @@ def test_index_of_another_source(within, capsys):
     assert "30 images" in capsys.readouterr().out
     rows = json.loads(Path("other/index.json").read_text())["sizes"]["images"]
     assert rows == 30
+
+
+def test_a_model_without_a_run_has_no_pairs_of_its_own(within, capsys):
+    folder = next((within / "runs" / "phantom").glob("*/model"))
+    assert cli.main(["index", str(folder)]) == 2
+    assert "source" in one_line(capsys)
 
 
 def test_a_closed_pipe_is_no_error(indexed):
