@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PROJECTION', 'TOP', 'Fraction', 'Choice', 'Trunk', 'Place', 'place', 'blocks_of', 'FreezeConfig', 'freeze',
-           'Row', 'Table', 'trainable_table', 'parameter_groups', 'train_mode', 'interpolate', 'frozen_trunk']
+           'Row', 'Table', 'trainable_table', 'train_mode', 'parameter_groups', 'interpolate', 'frozen_trunk']
 
-# %% ../nbs/12_freezing.ipynb #ba8cfc9f
+# %% ../nbs/12_freezing.ipynb #612cf6bd
 import copy
 import re
 from collections.abc import Callable, Iterator
@@ -17,17 +17,17 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-# %% ../nbs/12_freezing.ipynb #612cf6bd
+# %% ../nbs/12_freezing.ipynb #3c795e0d
 from .model import DualEncoder, load_model
 
-# %% ../nbs/12_freezing.ipynb #3c795e0d
+# %% ../nbs/12_freezing.ipynb #80987663
 BLOCK = re.compile(r"(?:resblocks\.|blocks\.|encoder\.layer\.|layers\.|stages\.|\blayer)(\d+)\.(?:(?:blocks\.)?(\d+)\.)?")
 PROJECTION = re.compile(r"visual\.(proj$|head\.|attnpool\.c_proj\.)|visual\.trunk\.(classifier|fc|head\.fc)\."
                         r"|visual\.trunk\.head\.(weight|bias)$|(text\.)?text_projection|text\.proj\.")
 TOP = re.compile(r"visual\.(ln_post|attnpool|attn_pool)|visual\.trunk\.(norm|fc_norm|conv_head|bn2|head|attn_pool|final_conv)\b"
                  r"|(text\.)?ln_final\.|text\.transformer\.pooler\.")
 
-# %% ../nbs/12_freezing.ipynb #4f7f538d
+# %% ../nbs/12_freezing.ipynb #8272b0df
 class Place(NamedTuple):
     "Where in the model a parameter sits."
 
@@ -35,7 +35,7 @@ class Place(NamedTuple):
     part: str               # "stem", "block", "top" (norm and pooling after the blocks) or "projection"
     block: tuple[int, ...] = ()  # which block, such as (3,) or stage and block (2, 1)
 
-# %% ../nbs/12_freezing.ipynb #13f9b15c
+# %% ../nbs/12_freezing.ipynb #2212e0b8
 def place(name: str,  # a parameter's name, as `named_parameters` gives it
           ) -> Place:
     "Read from its name where a parameter sits: open_clip's, timm's and Hugging Face's towers name them differently."
@@ -50,7 +50,7 @@ def place(name: str,  # a parameter's name, as `named_parameters` gives it
         return Place(side, "block", tuple(int(i) for i in found.groups() if i is not None))
     return Place(side, "stem")
 
-# %% ../nbs/12_freezing.ipynb #053085c3
+# %% ../nbs/12_freezing.ipynb #1b66cf37
 def blocks_of(model: torch.nn.Module,  # an open_clip model
               side: str,               # "image" or "text"
               ) -> list[tuple[int, ...]]:  # the blocks from input to output
@@ -60,7 +60,7 @@ def blocks_of(model: torch.nn.Module,  # an open_clip model
         raise ValueError(f"the {side} tower's parameter names show no blocks: freeze 'all' or 'projection', not a fraction")
     return found
 
-# %% ../nbs/12_freezing.ipynb #80987663
+# %% ../nbs/12_freezing.ipynb #14452f54
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Choice = Literal["none", "all", "projection"] | Fraction
 
@@ -74,7 +74,7 @@ class FreezeConfig(BaseModel):
     text: Choice = "none"   # the same for the text tower
     last: Fraction | None = None  # that share for both towers; 0.3 is the classic
 
-# %% ../nbs/12_freezing.ipynb #8272b0df
+# %% ../nbs/12_freezing.ipynb #58b24ead
 def _trains(places: dict[str, Place],  # of one tower
             choice: str | float,       # a field of `FreezeConfig`
             blocks: list[tuple[int, ...]],  # the tower's blocks
@@ -85,7 +85,7 @@ def _trains(places: dict[str, Place],  # of one tower
     last = set(blocks[len(blocks) - max(1, round(choice * len(blocks))):])
     return {n: p.part in ("top", "projection") or p.block in last for n, p in places.items()}
 
-# %% ../nbs/12_freezing.ipynb #2212e0b8
+# %% ../nbs/12_freezing.ipynb #81ce64d8
 def freeze(model: torch.nn.Module,             # an open_clip model
            config: FreezeConfig | dict | None = None,  # what to freeze; None: nothing
            ) -> torch.nn.Module:               # the same model
@@ -104,7 +104,7 @@ def freeze(model: torch.nn.Module,             # an open_clip model
         parameter.requires_grad_(trains[name])
     return model
 
-# %% ../nbs/12_freezing.ipynb #1b66cf37
+# %% ../nbs/12_freezing.ipynb #1034c753
 class Row(NamedTuple):
     "One line of the table of what trains."
 
@@ -130,18 +130,7 @@ class Table(list):
 
     __repr__ = __str__
 
-# %% ../nbs/12_freezing.ipynb #128f78fe
-def trainable_table(model: torch.nn.Module,  # an open_clip model
-                    ) -> Table:              # rows from input to output, printable
-    "Count what trains, part by part; neighbouring blocks of one state share a row."
-    rows = []
-    for side in ("image", "text", "temperature"):
-        inside = [(place(n), p) for n, p in model.named_parameters() if place(n).side == side]
-        for part in ("stem", "block", "top", "projection"):
-            rows += _block_rows(inside, side) if part == "block" else _part_row(inside, side, part)
-    return Table(rows)
-
-# %% ../nbs/12_freezing.ipynb #0c9489f1
+# %% ../nbs/12_freezing.ipynb #e2644806
 def _count(name: str, parameters: list[torch.nn.Parameter]) -> Row:
     "A row for some parameters."
     return Row(name, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
@@ -165,7 +154,43 @@ def _block_rows(inside: list, side: str) -> list[Row]:
             runs.append([state, number, number, found])
     return [_count(f"{side} blocks {a}-{b}" if b > a else f"{side} block {a}", found) for _, a, b, found in runs]
 
-# %% ../nbs/12_freezing.ipynb #14452f54
+# %% ../nbs/12_freezing.ipynb #fa7e0145
+def trainable_table(model: torch.nn.Module,  # an open_clip model
+                    ) -> Table:              # rows from input to output, printable
+    "Count what trains, part by part; neighbouring blocks of one state share a row."
+    rows = []
+    for side in ("image", "text", "temperature"):
+        inside = [(place(n), p) for n, p in model.named_parameters() if place(n).side == side]
+        for part in ("stem", "block", "top", "projection"):
+            rows += _block_rows(inside, side) if part == "block" else _part_row(inside, side, part)
+    return Table(rows)
+
+# %% ../nbs/12_freezing.ipynb #6ed1129a
+def train_mode(model: torch.nn.Module,  # an open_clip model, frozen in part
+               ) -> torch.nn.Module:    # the same model
+    "Like `model.train()`, but what is frozen stays in eval: a frozen BatchNorm would still move its running statistics."
+    def walk(module):
+        parameters = list(module.parameters())
+        module.training = not parameters or any(p.requires_grad for p in parameters)
+        for child in module.children():
+            walk(child) if module.training else child.eval()
+
+    walk(model)
+    return model
+
+# %% ../nbs/12_freezing.ipynb #e8967700
+def _depths(model: torch.nn.Module) -> dict[str, int]:
+    "How many steps each parameter lies below the top: 0 for the projections, 1 for the last block, most for the stem."
+    depths = {}
+    for side in ("image", "text"):
+        order = {block: i for i, block in enumerate(blocks_of(model, side))}
+        for name, _ in model.named_parameters():
+            where = place(name)
+            if where.side == side and where.part in ("stem", "block"):
+                depths[name] = len(order) - (order[where.block] if where.part == "block" else -1)
+    return depths
+
+# %% ../nbs/12_freezing.ipynb #87f2556b
 def parameter_groups(model: torch.nn.Module,  # an open_clip model
                      lr: float,               # learning rate at the top
                      weight_decay: float,     # for matrices; norms, biases, positions and temperature have none
@@ -185,32 +210,7 @@ def parameter_groups(model: torch.nn.Module,  # an open_clip model
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
-# %% ../nbs/12_freezing.ipynb #58b24ead
-def _depths(model: torch.nn.Module) -> dict[str, int]:
-    "How many steps each parameter lies below the top: 0 for the projections, 1 for the last block, most for the stem."
-    depths = {}
-    for side in ("image", "text"):
-        order = {block: i for i, block in enumerate(blocks_of(model, side))}
-        for name, _ in model.named_parameters():
-            where = place(name)
-            if where.side == side and where.part in ("stem", "block"):
-                depths[name] = len(order) - (order[where.block] if where.part == "block" else -1)
-    return depths
-
-# %% ../nbs/12_freezing.ipynb #81ce64d8
-def train_mode(model: torch.nn.Module,  # an open_clip model, frozen in part
-               ) -> torch.nn.Module:    # the same model
-    "Like `model.train()`, but what is frozen stays in eval: a frozen BatchNorm would still move its running statistics."
-    def walk(module):
-        parameters = list(module.parameters())
-        module.training = not parameters or any(p.requires_grad for p in parameters)
-        for child in module.children():
-            walk(child) if module.training else child.eval()
-
-    walk(model)
-    return model
-
-# %% ../nbs/12_freezing.ipynb #1034c753
+# %% ../nbs/12_freezing.ipynb #ab355d4f
 def interpolate(start: DualEncoder | dict | str | Path,  # encoder, its folder, or a state dict
                 end: DualEncoder | dict | str | Path,    # of the same architecture: usually `start`, fine-tuned
                 alpha: float,                            # 0 gives start, 1 gives end
@@ -229,7 +229,7 @@ def interpolate(start: DualEncoder | dict | str | Path,  # encoder, its folder, 
     model.load_state_dict(mixed)
     return start._replace(model=model)
 
-# %% ../nbs/12_freezing.ipynb #fa7e0145
+# %% ../nbs/12_freezing.ipynb #16e944c2
 Trunk = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -252,7 +252,7 @@ def frozen_trunk(model: torch.nn.Module,  # an open_clip model, frozen in part
         split = _split_bert(tower, start) if side == "text" else None
     return split and (_without_gradients(tower, split[0]), split[1])
 
-# %% ../nbs/12_freezing.ipynb #d1bdacba
+# %% ../nbs/12_freezing.ipynb #31ae4e70
 def _first_trained(model: torch.nn.Module, side: str) -> int | None:
     "The number of the first block that trains (their count, if none); None where the stem trains already."
     inside = [(place(n), p.requires_grad) for n, p in model.named_parameters() if place(n).side == side]
@@ -277,13 +277,13 @@ def _without_gradients(tower: torch.nn.Module, run: Callable) -> Callable:
 
     return trunk
 
-# %% ../nbs/12_freezing.ipynb #8932c07a
+# %% ../nbs/12_freezing.ipynb #d7292e99
 def _split_timm(tower: torch.nn.Module, start: int, blocks: int) -> Trunk | None:
     "timm: the whole trunk, or nothing."
     frozen = not any(p.requires_grad for p in tower.trunk.parameters())
     return (tower.trunk, tower.head) if frozen and start == blocks else None
 
-# %% ../nbs/12_freezing.ipynb #92b8643b
+# %% ../nbs/12_freezing.ipynb #61e52aa0
 def _split_vit(tower: torch.nn.Module, start: int) -> Trunk | None:
     "open_clip's vision transformer: the class token if no block trains, otherwise all tokens."
     blocks = tower.transformer.resblocks
@@ -307,7 +307,7 @@ def _split_vit(tower: torch.nn.Module, start: int) -> Trunk | None:
         return (lambda x: tokens(x)[:, :1]), head
     return tokens, head
 
-# %% ../nbs/12_freezing.ipynb #54a3cc34
+# %% ../nbs/12_freezing.ipynb #5e6ff176
 def _split_text(tower: torch.nn.Module,  # a TextTransformer, or the CLIP model that holds its parts itself
                 start: int,              # first block that trains
                 ) -> Trunk | None:
@@ -339,7 +339,7 @@ def _split_text(tower: torch.nn.Module,  # a TextTransformer, or the CLIP model 
 
     return tokens, head
 
-# %% ../nbs/12_freezing.ipynb #6ed1129a
+# %% ../nbs/12_freezing.ipynb #4b3008a9
 def _split_bert(tower: torch.nn.Module,  # open_clip's HFTextEncoder
                 start: int,              # first block that trains
                 ) -> Trunk | None:
