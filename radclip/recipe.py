@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 # %% ../nbs/12_recipe.ipynb #0bcb6d11
+import radclip
 from .data import DataConfig
 from .freezing import FreezeConfig
 from .loading import AugmentConfig
@@ -24,7 +25,7 @@ from .losses import LossConfig
 from .model import ModelConfig, as_config
 from .ranking import EvaluateConfig
 
-# %% ../nbs/12_recipe.ipynb #0b7402fc
+# %% ../nbs/12_recipe.ipynb #420358cf
 class TrainConfig(BaseModel):
     "How a model is trained. The defaults suit a small model on a CPU."
     model_config = ConfigDict(extra="forbid")
@@ -56,14 +57,14 @@ class TrainConfig(BaseModel):
     max_minutes: float | None = Field(None, gt=0) # training stops after this long
     workers: int = Field(0, ge=0)                 # processes that load batches; 0: the main one
 
-# %% ../nbs/12_recipe.ipynb #e7ce8058
+# %% ../nbs/12_recipe.ipynb #23041b5f
 class StandIn(BaseModel):
     "Settings (dotted paths) that replace a recipe's own where its data or its weights can't be had, so that it still runs."
     model_config = ConfigDict(extra="forbid")
     data: dict[str, Any] = {}     # where a path or hub of the data can't be reached
     weights: dict[str, Any] = {}  # where pretrained weights can't be reached
 
-# %% ../nbs/12_recipe.ipynb #100f8edd
+# %% ../nbs/12_recipe.ipynb #b51ab2eb
 class Recipe(BaseModel):
     "One experiment: where the pairs come from, which model, which loss, how it trains, how it is measured."
     model_config = ConfigDict(extra="forbid")
@@ -85,19 +86,19 @@ class Recipe(BaseModel):
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name): raise ValueError("letters, digits and . _ + - only: it names a folder")
         return name
 
-# %% ../nbs/12_recipe.ipynb #420358cf
+# %% ../nbs/12_recipe.ipynb #acd6090e
 def recipe_folder() -> Path: # folder of the packaged YAML files
     "Where the packaged recipes lie."
-    return Path(__file__).parent / "recipes"
+    return Path(radclip.__file__).parent / "recipes"
 
-# %% ../nbs/12_recipe.ipynb #23041b5f
+# %% ../nbs/12_recipe.ipynb #fa18ba2c
 def list_recipes(folder=None, # folder of YAML files; None: the packaged ones
                 ) -> dict: # name → description
     "The recipes there are, each with its one-line description."
     files = sorted(Path(folder or recipe_folder()).glob("*.yaml"))
     return {f.stem: (yaml.safe_load(f.read_text(encoding="utf-8")) or {}).get("description", "") for f in files}
 
-# %% ../nbs/12_recipe.ipynb #b51ab2eb
+# %% ../nbs/12_recipe.ipynb #c9eb2d7a
 def _read_recipe(name_or_path) -> dict:
     "The YAML of a packaged recipe or of a file, as a dict with a name. Raises ValueError with the nearest names."
     path = recipe_folder() / f"{name_or_path}.yaml"
@@ -111,7 +112,7 @@ def _read_recipe(name_or_path) -> dict:
     if not isinstance(settings, dict): raise ValueError(f"{path} holds a {type(settings).__name__}: a recipe is keys and values, such as `train: {{epochs: 3}}`")
     return {"name": path.stem} | settings
 
-# %% ../nbs/12_recipe.ipynb #f3478d8e
+# %% ../nbs/12_recipe.ipynb #a01d6f42
 def set_path(settings:dict, # nested dict, changed in place
              path:str, # dotted path, as in train.epochs
              value): # what to put there, in place of whatever is there
@@ -122,7 +123,7 @@ def set_path(settings:dict, # nested dict, changed in place
         if not isinstance(settings, dict): raise ValueError(f"{path}: {'.'.join(parents[:i + 1])} is {settings!r}, which has nothing inside")
     settings[last] = value
 
-# %% ../nbs/12_recipe.ipynb #4d2df2df
+# %% ../nbs/12_recipe.ipynb #8d925a37
 def _parse_override(text):
     "`train.epochs=3` → (path, value); the value is YAML, so 3 is a number and [a, b] a list."
     path, equals, value = text.partition("=")
@@ -130,7 +131,7 @@ def _parse_override(text):
     try: return path.strip(), yaml.safe_load(value)
     except yaml.YAMLError: raise ValueError(f"{path}: {value!r} is no valid YAML value; put quotes around it") from None
 
-# %% ../nbs/12_recipe.ipynb #b5d83f3b
+# %% ../nbs/12_recipe.ipynb #2a630dc5
 def valid_keys(schema, # pydantic class
                prefix:str="", # put before each key
               ) -> list: # dotted paths
@@ -141,7 +142,7 @@ def valid_keys(schema, # pydantic class
         keys += [prefix + name] + [k for t in inner for k in valid_keys(t, f"{prefix}{name}.")]
     return keys
 
-# %% ../nbs/12_recipe.ipynb #acd6090e
+# %% ../nbs/12_recipe.ipynb #3d2b0536
 def _nearest_key(path, schema):
     "The valid key that a mistyped one most likely means."
     keys = [k for k in valid_keys(schema) if not k.startswith("stand_in")]
@@ -150,7 +151,7 @@ def _nearest_key(path, schema):
     best = max(keys, key=score)
     return f"did you mean {best}?" if score(best) > 0.6 else f"keys there: {', '.join(k for k in keys if k.rpartition('.')[0] == path.rpartition('.')[0])}"
 
-# %% ../nbs/12_recipe.ipynb #fa18ba2c
+# %% ../nbs/12_recipe.ipynb #21a80141
 def _validate(settings, schema):
     "Check a recipe's settings; the first fault becomes one line. Raises ValueError."
     try: return schema(**settings)
@@ -160,7 +161,7 @@ def _validate(settings, schema):
     else: what = f"{path}: {fault['msg']} (got {fault['input']!r})"
     raise ValueError(f"recipe {settings.get('name', '')}: {what}")
 
-# %% ../nbs/12_recipe.ipynb #8d7742a6
+# %% ../nbs/12_recipe.ipynb #c2409632
 def unset_variables(value, # anything YAML can hold
                    ) -> list: # names of the environment variables in its strings that are not set
     "Which `$NAME` in these settings have no value."
@@ -169,7 +170,7 @@ def unset_variables(value, # anything YAML can hold
     names = re.findall(r"\$\{?([A-Za-z_]\w*)", value) if isinstance(value, str) else []
     return [n for n in names if not os.environ.get(n)]
 
-# %% ../nbs/12_recipe.ipynb #d05007fa
+# %% ../nbs/12_recipe.ipynb #df67389a
 def expand_variables(value, # anything YAML can hold
                     ): # the same with `$NAME` and `${NAME}` replaced; unset ones are left
     "Put environment variables into the strings of these settings."
@@ -177,10 +178,10 @@ def expand_variables(value, # anything YAML can hold
     if isinstance(value, list): return [expand_variables(v) for v in value]
     return re.sub(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", lambda m: os.environ.get(m[1] or m[2]) or m[0], value) if isinstance(value, str) else value
 
-# %% ../nbs/12_recipe.ipynb #c9eb2d7a
+# %% ../nbs/12_recipe.ipynb #b3aaa378
 PARTS = {"data": ["data"], "weights": ["model"]}  # which sections of a recipe each kind of stand-in is for
 
-# %% ../nbs/12_recipe.ipynb #a01d6f42
+# %% ../nbs/12_recipe.ipynb #6de4fb2e
 def use_stand_in(settings:dict, # a recipe's settings, changed in place
                  part:str, # data or weights
                  why:str, # what can't be had
@@ -192,7 +193,7 @@ def use_stand_in(settings:dict, # a recipe's settings, changed in place
     changes = ", ".join(f"{p}={json.dumps(v)}" for p, v in wanted.items())
     settings.setdefault("stand_ins_used", []).append(f"{why}; STAND-IN used instead: {changes}")
 
-# %% ../nbs/12_recipe.ipynb #8d925a37
+# %% ../nbs/12_recipe.ipynb #ab86e595
 def _settle(settings, stand_in):
     "Apply the stand-ins that unset variables (or the caller) ask for, then expand the variables."
     for part, sections in PARTS.items():
@@ -206,14 +207,14 @@ def _settle(settings, stand_in):
         raise ValueError(f"recipe {settings['name']}: ${left[0]} is not set")
     return settings
 
-# %% ../nbs/12_recipe.ipynb #2a630dc5
+# %% ../nbs/12_recipe.ipynb #fb074cd9
 def _without(stand_in, path):
     "The stand-ins that remain when the user set `path`: who names a source or a model wants that one, and a set value stays."
     inside = lambda a, b: f"{a}.".startswith(f"{b}.")
     whole = {part for part, what in {"data": "data.source", "weights": "model"}.items() if inside(path, what)}
     return {part: {k: v for k, v in wanted.items() if not inside(k, path) and not inside(path, k)} for part, wanted in stand_in.items() if part not in whole}
 
-# %% ../nbs/12_recipe.ipynb #3d2b0536
+# %% ../nbs/12_recipe.ipynb #7d369b75
 def load_recipe(name_or_path, # packaged name, or path of a YAML file
                 *overrides:str, # as train.epochs=3; the value is YAML
                 stand_in:bool|None=None, # None: where an environment variable is unset; True: always; False: never
@@ -230,7 +231,7 @@ def load_recipe(name_or_path, # packaged name, or path of a YAML file
     _validate(settings, schema)
     return _validate(_settle(settings, stand_in), schema)
 
-# %% ../nbs/12_recipe.ipynb #75f76ea6
+# %% ../nbs/12_recipe.ipynb #bea9de8b
 def write_text(path, # file
                text:str): # its new content
     "Write beside, then rename: a reader sees the old file or the new one, never half of one."
@@ -239,7 +240,7 @@ def write_text(path, # file
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
-# %% ../nbs/12_recipe.ipynb #c2409632
+# %% ../nbs/12_recipe.ipynb #fea501c0
 class Run:
     "One training run: a folder with recipe.yaml, run.json, metrics.csv, log.txt, checkpoints/, model/, embeddings/, evaluations/, figures/."
 
@@ -281,7 +282,7 @@ class Run:
         with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
             return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
-# %% ../nbs/12_recipe.ipynb #df67389a
+# %% ../nbs/12_recipe.ipynb #6f9fdd68
 def new_run(recipe, # what is going to run
             out="runs", # folder that holds all runs
            ) -> Run: # in a folder of its own: out/<recipe>/<YYYYMMDD-HHMMSS>
@@ -298,12 +299,12 @@ def new_run(recipe, # what is going to run
     write_text(Path(out) / "latest.txt", f"{folder.resolve()}\n")
     return run
 
-# %% ../nbs/12_recipe.ipynb #b3aaa378
+# %% ../nbs/12_recipe.ipynb #bc084921
 def _runs(out, name="*"):
     "All run folders under `out`, oldest first."
     return sorted((f.parent for f in Path(out).glob(f"{name}/*/recipe.yaml")), key=lambda f: (f.name[:15], len(f.name), f.name))
 
-# %% ../nbs/12_recipe.ipynb #6de4fb2e
+# %% ../nbs/12_recipe.ipynb #7c476a27
 def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the newest of all
              out="runs", # folder that holds all runs
             ) -> Run:
@@ -321,7 +322,7 @@ def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the n
     if found := _runs(out): return Run(found[-1])
     raise FileNotFoundError(f"no run in {out}: train one first, as in `radclip train phantom`, or name the run's folder")
 
-# %% ../nbs/12_recipe.ipynb #ab86e595
+# %% ../nbs/12_recipe.ipynb #c7d56ed8
 def unfinished_run(name:str, # of a recipe
                    out="runs", # folder that holds all runs
                   ) -> Run: # the newest that did not end
@@ -330,7 +331,7 @@ def unfinished_run(name:str, # of a recipe
         if not Run(folder).finished: return Run(folder)
     raise FileNotFoundError(f"no unfinished run of {name} in {out}: start one without --resume")
 
-# %% ../nbs/12_recipe.ipynb #fb074cd9
+# %% ../nbs/12_recipe.ipynb #8fd779be
 def changed_settings(old:dict, # settings of a run
                      new:dict, # settings of a recipe
                      prefix:str="", # put before each key
