@@ -179,7 +179,7 @@ def _features():
 def _png(pixels: np.ndarray) -> bytes:
     "A lossless PNG, made fast rather than small."
     held = io.BytesIO()
-    Image.fromarray(pixels).save(held, "PNG", compress_level=1)
+    Image.fromarray(pixels).save(held, "PNG", compress_level=1, compress_type=3)  # 3: runs of equal bytes only
     return held.getvalue()
 
 
