@@ -7,7 +7,7 @@ __all__ = ['MAPPABLE', 'SIDE', 'load_pairs', 'DataConfig', 'prepare_pairs', 'per
            'Audit', 'audit', 'clean_split']
 
 # %% ../nbs/04_data.ipynb #30760ec1
-import hashlib, os, re, warnings
+import hashlib, logging, os, re, warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -64,21 +64,28 @@ class DataConfig(BaseModel):
     straddle: Literal["error", "warn", "clean"] = "error"  # when a group lies in two splits of the source
 
 # %% ../nbs/04_data.ipynb #467c5a8b
+def _split_as(c, pairs):
+    "The table split and cut as a DataConfig says."
+    if c.split_file: pairs = apply_split(pairs, load_split(c.split_file))
+    elif not c.official or set(pairs["split"][:]) == {"train"}: return split_pairs(pairs, c.fractions, c.sizes, c.seed, c.max_groups)
+    elif bad := straddling_groups(pairs):
+        if c.straddle == "error": raise ValueError(f"{c.source}: {straddle_text(bad)}")
+        if c.straddle == "warn": warnings.warn(f"{c.source}: {straddle_text(bad)}", stacklevel=3)
+        if c.straddle == "clean": pairs = apply_split(pairs, without_straddling(pairs))
+    if c.max_groups is not None: pairs = some_groups(pairs, c.max_groups, c.seed)
+    return cut_splits(pairs, c.sizes, c.seed) if c.sizes else pairs
+
+# %% ../nbs/04_data.ipynb #57770b18
 def prepare_pairs(config:DataConfig, # where from, how split
                  ): # pairs table
     "Load, map columns, keep the source's splits or split by group, and cut to size. Raises ValueError if a group of the source's splits straddles."
-    c, pairs = config, load_pairs(config.source, columns=config.columns)
-    official = c.official and set(pairs["split"][:]) != {"train"}
-    if c.split_file: pairs = apply_split(pairs, load_split(c.split_file))
-    elif not official: return split_pairs(pairs, c.fractions, c.sizes, c.seed, c.max_groups)
-    elif bad := straddling_groups(pairs):
-        if c.straddle == "error": raise ValueError(f"{c.source}: {straddle_text(bad)}")
-        if c.straddle == "warn": warnings.warn(f"{c.source}: {straddle_text(bad)}", stacklevel=2)
-        if c.straddle == "clean": pairs = apply_split(pairs, without_straddling(pairs))
-    if c.max_groups: pairs = some_groups(pairs, c.max_groups, c.seed)
-    return cut_splits(pairs, c.sizes, c.seed) if c.sizes else pairs
+    everything = load_pairs(config.source, columns=config.columns)
+    pairs = _split_as(config, everything)
+    if len(pairs) < len(everything):
+        logging.getLogger("radclip").info("%s: %d of %d images are in no split (sizes, max_groups, split_file or straddle)", config.source, len(everything) - len(pairs), len(everything))
+    return pairs
 
-# %% ../nbs/04_data.ipynb #3e4b01de
+# %% ../nbs/04_data.ipynb #d0664ca2
 def perceptual_hash(grey, # [N, 32, 32] float, grey thumbnails
                    ): # [N, 8] uint8: 64 bits each
     "pHash (Zauner 2010): the signs of the 64 lowest frequencies around their median; small changes of an image flip few bits."
@@ -87,7 +94,7 @@ def perceptual_hash(grey, # [N, 32, 32] float, grey thumbnails
     low = (cosine @ grey @ cosine.T)[:, 1:, 1:].reshape(len(grey), 64)  # without the constant: it is brightness
     return np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
 
-# %% ../nbs/04_data.ipynb #9280e362
+# %% ../nbs/04_data.ipynb #b488c251
 def near_duplicates(thumbs, # [N, 32, 32] float, grey thumbnails of different images
                     bits:int=8, # perceptual hashes may differ in so many of 64 bits
                     correlation:float=0.98, # and the thumbnails must agree so well
@@ -106,7 +113,7 @@ def near_duplicates(thumbs, # [N, 32, 32] float, grey thumbnails of different im
             found.append(part[np.einsum("pd,pd->p", unit[part[:, 0]], unit[part[:, 1]]) >= correlation])
     return np.concatenate(found)
 
-# %% ../nbs/04_data.ipynb #2d08f589
+# %% ../nbs/04_data.ipynb #684e6abe
 def _look(raw):
     "One stored image: (hash of its pixels, 32 × 32 grey thumbnail, None), or (None, None, why it can't be read)."
     from datasets import Image
@@ -118,7 +125,7 @@ def _look(raw):
     # PIL raises OSError, SyntaxError, ValueError, struct.error… for broken files: all are findings here
     except Exception as error: return None, None, f"{type(error).__name__}: {error}"
 
-# %% ../nbs/04_data.ipynb #684e6abe
+# %% ../nbs/04_data.ipynb #6f4ad8ee
 def _look_at_all(pairs, workers=None):
     "({row: hash}, {row: why}, thumbnails [N, 32, 32]) of a table's images, decoded by threads."
     from datasets import Image
@@ -131,7 +138,7 @@ def _look_at_all(pairs, workers=None):
                 else: hashes[row], thumbs[row] = key, thumb
     return hashes, bad, thumbs
 
-# %% ../nbs/04_data.ipynb #2c3949ff
+# %% ../nbs/04_data.ipynb #1a9f622c
 def _partners(keys, splits):
     "For each row, the splits in which any of its keys occurs."
     where = defaultdict(set)
@@ -139,27 +146,28 @@ def _partners(keys, splits):
         for key in row_keys: where[key].add(split)
     return [set().union(*(where[key] for key in row_keys)) for row_keys in keys]
 
-# %% ../nbs/04_data.ipynb #1a9f622c
+# %% ../nbs/04_data.ipynb #4e93dd2c
 def _spread(seen, splits):
     "{split: {other split: rows of the first that have a partner in the second}} from the set of splits that each row's partners lie in."
     counts = Counter((own, other) for own, others in zip(splits, seen) for other in others if other != own)
     return {own: {other: counts[own, other] for other in SPLITS if counts[own, other]} for own in SPLITS if any(counts[own, o] for o in SPLITS)}
 
-# %% ../nbs/04_data.ipynb #969265f7
+# %% ../nbs/04_data.ipynb #37d9db55
 SIDE = re.compile(r"\b(left|right|bilateral(ly)?|both sides)\b", re.I)
 
-# %% ../nbs/04_data.ipynb #37d9db55
+# %% ../nbs/04_data.ipynb #269ccba5
 def token_lengths(texts:list, # captions
                   tokenizer, # list of str → [n, L] token ids, padded
                  ): # ([n] tokens of each, padding not counted; L)
-    "Tokens that each caption needs. Where the tokenizer can be given more room the true length, else at most L."
+    "Tokens that each caption needs, as far as the tokenizer can be given more room (counted up to four times L)."
     room = tokenizer([""]).shape[1]
-    try: tokens = tokenizer(texts, context_length=4 * room)
-    except TypeError: tokens = tokenizer(texts)
-    tokens, pad = np.asarray(tokens), int(tokenizer([""])[0, -1])
-    return tokens.shape[1] - np.argmax(tokens[:, ::-1] != pad, axis=1), room
+    try: tokens = np.asarray(tokenizer(texts, context_length=4 * room))
+    except TypeError: tokens = np.asarray(tokenizer(texts))
+    lengths = tokens.shape[1] - np.argmax(tokens[:, ::-1] != int(tokenizer([""])[0, -1]), axis=1)
+    if tokens.shape[1] == room: lengths[lengths == room] += 1  # no true length to be had: what fills all the room was cut off, as a rule
+    return lengths, room
 
-# %% ../nbs/04_data.ipynb #7b0f9d80
+# %% ../nbs/04_data.ipynb #4435cff2
 def _audit_images(pairs, splits, out):
     "Fill in what needs pixels: unreadable, identical and nearly identical images."
     hashes, bad, thumbs = _look_at_all(pairs)
@@ -175,7 +183,7 @@ def _audit_images(pairs, splits, out):
     out.images = dict(checked=len(pairs), identical=len(hashes) - len(first), near_pairs=len(near), examples=[[names[a], names[b]] for a, b in near[:10].tolist()])
     out.straddling |= dict(identical_images=_spread(_partners(same, splits), splits), near_images=_spread(_partners(alike, splits), splits))
 
-# %% ../nbs/04_data.ipynb #4435cff2
+# %% ../nbs/04_data.ipynb #0ba7da92
 def _audit_captions(pairs, splits, tokenizer, out):
     "Fill in what the texts alone tell."
     captions = pairs["captions"][:]
@@ -191,7 +199,7 @@ def _audit_captions(pairs, splits, tokenizer, out):
     out.with_concepts = sum(bool(c) for c in pairs["concepts"][:])
     out.straddling["captions"] = _spread(_partners(plain, splits), splits)
 
-# %% ../nbs/04_data.ipynb #0ba7da92
+# %% ../nbs/04_data.ipynb #8f0d248b
 def _audit_lines(a):
     "The audit as lines of text."
     yield f"{a.source or 'pairs'}: {sum(s['images'] for s in a.splits.values()):,} images (split hash {a.split_hash})"
@@ -210,7 +218,7 @@ def _audit_lines(a):
     for item in a.unreadable[:10]: yield f"  unreadable: {item['image_id']}: {item['why']}"
     if a.skipped: yield f"rows left out by the reader: {len(a.skipped):,}: {skip_summary(a.skipped)}"
 
-# %% ../nbs/04_data.ipynb #8f0d248b
+# %% ../nbs/04_data.ipynb #a40a52ba
 @dataclass
 class Audit:
     "What `audit` found; `str()` is a page to read, `to_dict()` fits in JSON."
@@ -236,7 +244,7 @@ class Audit:
 
     def __str__(self): return "\n".join(_audit_lines(self))
 
-# %% ../nbs/04_data.ipynb #a40a52ba
+# %% ../nbs/04_data.ipynb #c24d1b1d
 def _pairs_of(pairs_or_source, skipped):
     "The table to look at; ROCO v1 without its images comes from its lists alone."
     if not isinstance(pairs_or_source, str): return pairs_or_source, ""
@@ -244,7 +252,7 @@ def _pairs_of(pairs_or_source, skipped):
     if kind == "roco" and not any((at / "images").is_dir() for at in roco_splits(path).values()): return read_roco_metadata(path), pairs_or_source
     return load_pairs(pairs_or_source, skipped=skipped), pairs_or_source
 
-# %% ../nbs/04_data.ipynb #c24d1b1d
+# %% ../nbs/04_data.ipynb #6742bc5c
 def audit(pairs_or_source, # pairs table (also one without images), or a source
           tokenizer=None, # list of str → [n, L]: also counts tokens and what is cut off
           images:bool=True, # False: do not decode the images
@@ -263,7 +271,7 @@ def audit(pairs_or_source, # pairs table (also one without images), or a source
     _audit_captions(pairs, splits, tokenizer, out)
     return out
 
-# %% ../nbs/04_data.ipynb #e0bd10d7
+# %% ../nbs/04_data.ipynb #1d0b11ca
 def clean_split(pairs_or_source, # pairs table (also one without images), or a source
                 keep=("test", "validation", "train"), # who keeps a group that lies in several splits: the first of these
                ): # {split: image_ids} for `splits.save_split` and `splits.apply_split`

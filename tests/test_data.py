@@ -81,6 +81,11 @@ def test_official_splits_stay_and_others_are_made(folder):
     assert len(set(prepare_pairs(DataConfig(source="phantom:120", max_groups=7))["group"])) == 7
 
 
+def test_what_is_in_no_split_is_counted_in_the_log(caplog):
+    with caplog.at_level("INFO", "radclip"): pairs = prepare_pairs(DataConfig(source="phantom:120", sizes=dict(test=10)))
+    assert f"{120 - len(pairs)} of 120 images are in no split" in caplog.text
+
+
 def test_a_source_without_splits_gets_ours(tmp_path):
     for i in range(40): picture(i, 8).save(tmp_path / f"{i}.png")
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(dict(image=f"{i}.png", caption=f"c {i}", group=str(i // 2))) for i in range(40)))
@@ -182,6 +187,12 @@ def test_tokens_that_are_cut_off_are_counted():
     assert room == 77 and lengths.tolist() == [102, 4, 77, 78]
     found = audit(table(None, ["train"] * 4, captions=[[t] for t in texts]), open_clip.SimpleTokenizer())
     assert found.captions["tokens"]["truncated"] == 0.5 and found.captions["tokens"]["room"] == 77
+
+
+def test_a_tokenizer_without_room_to_give_counts_what_fills_it():
+    plain = lambda texts: np.array([[1 + len(w) for w in t.split()][:4] + [0] * (4 - len(t.split())) for t in texts])
+    lengths, room = token_lengths(["a b", "a b c d e", "a b c"], plain)
+    assert room == 4 and lengths.tolist() == [2, 5, 3]
 
 
 def test_groups_that_straddle_are_counted_by_image():
