@@ -76,7 +76,7 @@ def standard_row(raw:dict, # a row as a reader gives it
     except (ValueError, TypeError, KeyError, AttributeError): return None, f"not boxes: {raw['boxes']!r:.80}"
     skip = {"image", "usable", *CAPTION_NAMES, *row}
     row |= {name: value for name, value in raw.items() if name not in skip and not name.startswith("_")}
-    values = [v for v in (image, *row.values()) if v and type(v) not in (bytes, int)]
+    values = [v for v in (image, *row, *row.values()) if v and type(v) not in (bytes, int)]
     try: "".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values).encode("utf-8")
     except UnicodeEncodeError: return None, "not UTF-8"
     return row, None
