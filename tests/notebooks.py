@@ -65,7 +65,7 @@ def default_exp(path):
 def head(path):
     "What stands after the title cell, as (cell type, source) pairs."
     cells = [("markdown", badges(path)), ("code", install())]
-    return cells + ([("code", f"#| default_exp {default_exp(path)}")] if default_exp(path) else [])
+    return cells + ([("code", f"#| default_exp {default_exp(path)}\n#| hide")] if default_exp(path) else [])
 
 
 def is_head(cell):

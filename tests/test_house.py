@@ -1,7 +1,7 @@
 """The rules of the house (CONTRIBUTING.md), held by looking at the files themselves."""
 import ast
-import json
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -180,23 +180,31 @@ def test_site_stub_reads_the_top_level_file_last():
     assert "custom_quarto_yml" not in house.settings() and house.settings()["custom_sidebar"] == "True"
 
 
-def test_site_preprocessing_keeps_titles_and_subtitles(tmp_path):
-    "What nbdev does before Quarto: on a copy, and without Quarto, which pip does not have."
+def test_site_preprocessing_keeps_titles_code_and_outputs(tmp_path):
+    "What nbdev does before Quarto, on a copy (Quarto itself is no Python package)."
     pytest.importorskip("nbdev")
-    import shutil
-    for name in ("settings.ini", "_quarto.yml"): shutil.copy2(ROOT / name, tmp_path / name)
+    sample = [NBS / "index.ipynb", *list(CHAPTERS.values())[::6], CHAPTERS["cli"]]
     (tmp_path / "nbs").mkdir()
-    sample = [p for p in NOTEBOOKS if p.stem == "index" or p.name.startswith("00_")]
-    for p in [*sample, NBS / "_quarto.yml", NBS / "styles.css"]: shutil.copy2(p, tmp_path / "nbs" / p.name)
-    code = "import nbdev.quarto as q; q._ensure_quarto = lambda: None; q.refresh_quarto_yml(); q.proc_nbs(n_workers=0)"
+    for path in [*sample, NBS / "_quarto.yml", NBS / "styles.css"]: shutil.copy2(path, tmp_path / "nbs" / path.name)
+    for name in ("settings.ini", "_quarto.yml"): shutil.copy2(ROOT / name, tmp_path / name)
+    code = "import nbdev.quarto as q; q.refresh_quarto_yml(); q.proc_nbs(n_workers=0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for p in sample:
-        first = "".join(json.loads((tmp_path / "_proc" / p.name).read_text(encoding="utf-8"))["cells"][0]["source"])
-        title, _, subtitle = "".join(house.read(p)["cells"][0]["source"]).strip().partition("\n\n> ")
-        assert title.removeprefix("# ") in first and subtitle in first
-    assert (tmp_path / "_proc" / "_quarto.yml").is_file() and (tmp_path / "_proc" / "nbdev.yml").is_file()
-    assert (tmp_path / "_proc" / ".." / "_quarto.yml").is_file(), "the stub's second file"
+    proc = tmp_path / "_proc"
+    assert (proc / "_quarto.yml").is_file() and (proc / "nbdev.yml").is_file() and (proc / "styles.css").is_file()
+    assert (proc / ".." / "_quarto.yml").is_file(), "the stub's second file"
+    for path in sample:
+        before, after = house.read(path)["cells"], house.read(proc / path.relative_to(NBS))["cells"]
+        title, _, subtitle = "".join(before[0]["source"]).strip().partition("\n\n> ")
+        front = yaml.safe_load("".join(after[0]["source"]).strip().strip("-"))
+        assert (front["title"], front["description"]) == (title.removeprefix("# "), subtitle.split("\n")[0])
+        outputs = lambda cells: sum(len(c.get("outputs", [])) for c in cells)
+        hidden = outputs([c for c in before if c["cell_type"] == "code" and re.search(r"^#\s*\|\s*hide\s*$", "".join(c["source"]), re.M)])
+        assert outputs(after) == outputs(before) - hidden, f"{path.name}: outputs got lost"
+        shown = "\n".join("".join(c["source"]) for c in after)
+        assert not re.search(r"^#\|\s*default_exp", shown, re.M) and "%pip install" in shown
+        for name in re.findall(r"^(?:def|class) [a-z]\w+", MODULES[house.default_exp(path)].read_text(encoding="utf-8"), re.M) if house.default_exp(path) else []:
+            assert name in shown, f"{path.name}: {name} is not shown"
 
 
 def test_import_is_light_and_has_the_version():
