@@ -264,8 +264,8 @@ def pictures(
 
 
 def split_of(
-    picture: Picture,
-    seed: int = 0,
+    picture: Picture,  # of the patient in question
+    seed: int = 0,  # the same as for the truth
 ) -> str:  # train, validation or test
     "The split of a picture's patient: 70, 15 and 15 percent."
     at = Dice(seed + 2**32, int(picture.patient.rsplit("-", 1)[1])).below(100)
