@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'Steps', 'as_table', 'as_image', 'as_card', 'as_grid', 'hit_cards', 'training_figures', 'report_rows',
            'findings_of', 'one_search', 'search_section', 'how_to_go_on', 'as_page', 'write_page', 'quickstart']
 
-# %% ../nbs/18_quickstart.ipynb #96708855
+# %% ../nbs/18_quickstart.ipynb #3f34b6c1
 import base64
 import html
 import time
@@ -22,7 +22,7 @@ from .recipe import Run, load_recipe, write_text
 from .search import Hit, SearchIndex
 from .training import fit
 
-# %% ../nbs/18_quickstart.ipynb #3f34b6c1
+# %% ../nbs/18_quickstart.ipynb #da185679
 class Steps:
     "Says what is being done, and remembers how long it took."
 
@@ -44,7 +44,7 @@ class Steps:
         self.seconds[name] = time.perf_counter() - start
         self.say(f"{name}: {self.seconds[name]:.0f} s")
 
-# %% ../nbs/18_quickstart.ipynb #83c129c1
+# %% ../nbs/18_quickstart.ipynb #f8e7cdee
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2326; --soft: #5c686d; --line: #d5dcdf; --paper: #ffffff; --card: #f4f7f8; --mark: #00727a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e9eb; --soft: #9eabb0; --line: #36434a; --paper: #14191c; --card: #1d2529; --mark: #4fc3c9; } }
@@ -62,7 +62,7 @@ td.number, th.number { text-align: right; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .4rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 """
 
-# %% ../nbs/18_quickstart.ipynb #da185679
+# %% ../nbs/18_quickstart.ipynb #6201d02b
 def as_table(
     heads: list[str],  # one a column; those that start with > are aligned right
     rows: list[list],  # of cells
@@ -74,7 +74,7 @@ def as_table(
     body = line("th", [head.removeprefix(">") for head in heads]) + "".join(line("td", row) for row in rows)
     return f'<p class="soft">{html.escape(caption)}</p><div class="scroll" tabindex="0"><table>{body}</table></div>'
 
-# %% ../nbs/18_quickstart.ipynb #4e9db57a
+# %% ../nbs/18_quickstart.ipynb #78bd1536
 def as_image(
     figure,  # a matplotlib figure
     words: str,  # what is to be seen, for those who can't see it
@@ -99,7 +99,7 @@ def as_card(
     head = f"<b>{html.escape(note)}</b>" + (' · <b class="right">right</b>' if mark == "right" else "") + "<br>" if note else ""
     return f'<figure class="{mark}">{picture}<figcaption>{head}{html.escape(words)}</figcaption></figure>'
 
-# %% ../nbs/18_quickstart.ipynb #f0f275ec
+# %% ../nbs/18_quickstart.ipynb #0c66fe15
 def as_grid(
     cards: list[str],  # from as_card
 ) -> str:  # HTML
@@ -117,7 +117,7 @@ def hit_cards(
         for hit in hits
     ]
 
-# %% ../nbs/18_quickstart.ipynb #a4b6c287
+# %% ../nbs/18_quickstart.ipynb #c33acdda
 def training_figures(
     rows: list[dict],  # Run.metrics()
 ) -> list:  # two matplotlib figures
@@ -138,7 +138,7 @@ def training_figures(
         right.legend(frameon=False)
     return [one, two]
 
-# %% ../nbs/18_quickstart.ipynb #27081cb7
+# %% ../nbs/18_quickstart.ipynb #d8a396f6
 def report_rows(
     report: dict,  # of evaluate
 ) -> list[list]:  # one row a direction
@@ -151,14 +151,14 @@ def report_rows(
         rows.append([side.replace("_", " "), *cells, f"{batch['R@1']:.3f}", f"{batch['R@5']:.3f}"])
     return rows
 
-# %% ../nbs/18_quickstart.ipynb #f8e7cdee
+# %% ../nbs/18_quickstart.ipynb #98fe884a
 def findings_of(
     columns: dict,  # of a row of phantoms
 ) -> set[tuple[str, str]]:  # (finding, side)
     "What is truly to be seen in a phantom."
     return {(box["finding"], box["side"]) for box in columns["boxes"]}
 
-# %% ../nbs/18_quickstart.ipynb #6201d02b
+# %% ../nbs/18_quickstart.ipynb #68762cf0
 def one_search(
     title: str,  # what was asked
     query: list[str],  # the card of the query picture, or nothing
@@ -194,7 +194,7 @@ def search_section(
         + one_search("Image to images", queries[1:], truths[second], others, truths)
     )
 
-# %% ../nbs/18_quickstart.ipynb #0abe83df
+# %% ../nbs/18_quickstart.ipynb #32a2b655
 def how_to_go_on(
     out: Path,  # the quickstart's folder
     run: Run,  # what was trained
@@ -215,7 +215,7 @@ radclip index --source jsonl:pairs.jsonl --out my-index
 radclip recipes"""
     return f"<pre>{html.escape(lines.strip())}</pre>"
 
-# %% ../nbs/18_quickstart.ipynb #78bd1536
+# %% ../nbs/18_quickstart.ipynb #2a69c623
 def as_page(
     title: str,
     lead: str,  # one sentence under it, HTML
@@ -229,7 +229,7 @@ def as_page(
         f"<body><header><h1>{html.escape(title)}</h1><p>{lead}</p></header><main>{body}</main></body></html>"
     )
 
-# %% ../nbs/18_quickstart.ipynb #0c66fe15
+# %% ../nbs/18_quickstart.ipynb #5dc50c0a
 def write_page(
     out: Path,  # folder
     run: Run,  # trained
@@ -266,7 +266,7 @@ def write_page(
     write_text(page, as_page("radclip: the whole job on synthetic radiographs", lead, sections))
     return page
 
-# %% ../nbs/18_quickstart.ipynb #ccf9b150
+# %% ../nbs/18_quickstart.ipynb #4b14b05f
 def quickstart(
     out: str | Path = "quickstart",  # folder for the run, the index and the page
     overrides: tuple[str, ...] = (),  # settings of the phantom recipe, such as "train.epochs=3"
