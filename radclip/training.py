@@ -21,7 +21,7 @@ from .contrastive import build_contrastive
 from .ranking import batch_recall
 from .recipe import Recipe, Run, changed_settings, find_run, load_recipe, new_run, unfinished_run, write_text
 
-# %% ../nbs/14_training.ipynb #11cc17f2
+# %% ../nbs/14_training.ipynb #9ec00d5e
 def rate_factor(step:int, # steps done
                 total:int, # steps in all
                 warmup:float=0.05, # share of all steps; from 1 on a number of steps
@@ -32,7 +32,7 @@ def rate_factor(step:int, # steps done
     if step < warm: return (step + 1) / (warm + 1)
     return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm))))
 
-# %% ../nbs/14_training.ipynb #489fb8b8
+# %% ../nbs/14_training.ipynb #dab0f44e
 class Stream:
     "The batches of all epochs in a row, from any place on: what Lightning sees as one long epoch."
 
@@ -46,7 +46,7 @@ class Stream:
         for epoch in range(first, self.epochs):
             yield from self.data.loader(epoch, start if epoch == first else 0)
 
-# %% ../nbs/14_training.ipynb #9ec00d5e
+# %% ../nbs/14_training.ipynb #63e99161
 class Average:
     "A running (exponential) average of the weights that train: often better than the last ones on small data."
 
@@ -80,7 +80,7 @@ class Average:
         self.steps = state["steps"]
         for name, value in state["mean"].items(): self.mean[name].copy_(value)
 
-# %% ../nbs/14_training.ipynb #a19de6a4
+# %% ../nbs/14_training.ipynb #db4a5b26
 class Log:
     "What a run has to say: to log.txt once there is a folder, and to the screen unless quiet."
 
@@ -101,7 +101,7 @@ class Log:
         "From now on into this file."
         self.file = Path(file); self.flush()
 
-# %% ../nbs/14_training.ipynb #3641b058
+# %% ../nbs/14_training.ipynb #ee5adfa3
 class MetricsFile:
     "metrics.csv: one line a step, written at once; after a resume it goes on where the checkpoint was."
 
@@ -122,7 +122,7 @@ class MetricsFile:
         "Write a line."
         with open(self.file, "a", encoding="utf-8") as out: out.write(self._line(row))
 
-# %% ../nbs/14_training.ipynb #350c4f29
+# %% ../nbs/14_training.ipynb #30a2bf06
 class Engine(L.LightningModule):
     "A task on Lightning's device and in its precision: the task adds gradients, the engine clips, steps and schedules."
 
@@ -163,7 +163,7 @@ class Engine(L.LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None)  # which skips a step that overflows
         if not scaled and not math.isfinite(self.row["grad_norm"]): raise FloatingPointError(f"the gradient's norm is {self.row['grad_norm']}")
 
-# %% ../nbs/14_training.ipynb #576da310
+# %% ../nbs/14_training.ipynb #c53ce535
 def take_step(engine):
     "One optimizer step with the gradients added up so far, and what the log shall say of it."
     optimizer, schedule = engine.optimizers(), engine.lr_schedulers()
@@ -174,7 +174,7 @@ def take_step(engine):
     engine.row |= engine.task.figures()
     engine.step, engine.losses = engine.step + 1, []
 
-# %% ../nbs/14_training.ipynb #63e99161
+# %% ../nbs/14_training.ipynb #4332795e
 def save_checkpoint(state:dict, # tensors, numbers, texts, lists and dicts of them: what `torch.load(weights_only=True)` reads
                     path): # file
     "Write beside, then rename: a kill while writing leaves the checkpoint before."
@@ -183,14 +183,14 @@ def save_checkpoint(state:dict, # tensors, numbers, texts, lists and dicts of th
     torch.save(state, part)
     os.replace(part, path)
 
-# %% ../nbs/14_training.ipynb #b3c327d4
+# %% ../nbs/14_training.ipynb #10da9864
 def engine_state(engine) -> dict: # all that training depends on, besides recipe and data
     "What a checkpoint holds."
     schedule, scaler = engine.lr_schedulers(), engine.trainer.precision_plugin.state_dict()
     return dict(step=engine.step, model=engine.model.state_dict(), optimizer=engine.trainer.optimizers[0].state_dict(),
                 schedule=dict(last_epoch=schedule.last_epoch), scaler=scaler, average=engine.average.state_dict() if engine.average else None)
 
-# %% ../nbs/14_training.ipynb #b07272ea
+# %% ../nbs/14_training.ipynb #b89677a7
 def restore(engine, state):
     "Put a checkpoint back, in place, once Lightning has made the optimizer."
     engine.model.load_state_dict(state["model"])
@@ -200,7 +200,7 @@ def restore(engine, state):
     engine.trainer.precision_plugin.load_state_dict(state["scaler"])
     if engine.average: engine.average.load_state_dict(state["average"])
 
-# %% ../nbs/14_training.ipynb #db4a5b26
+# %% ../nbs/14_training.ipynb #00453015
 class Book:
     "What a run writes down as it goes: metrics.csv, a log line and the bar, the best and the last checkpoint."
 
@@ -240,7 +240,7 @@ class Book:
         state = engine_state(self.engine) | dict(book=self.kept | dict(seconds=self.seconds))
         save_checkpoint(state, self.run.folder / "checkpoints" / "last.ckpt")
 
-# %% ../nbs/14_training.ipynb #ee5adfa3
+# %% ../nbs/14_training.ipynb #3b9c153c
 def write_row(book, figures):
     "A line of metrics.csv, and the bar."
     engine, row = book.engine, book.engine.row
@@ -254,7 +254,7 @@ def write_row(book, figures):
     if row: book.bar.set_postfix_str(f"loss {row['loss']:.3f} {book.shown}", refresh=False)
     book.bar.update(engine.step - book.bar.n)
 
-# %% ../nbs/14_training.ipynb #0a28363a
+# %% ../nbs/14_training.ipynb #ec69e35a
 def say_progress(book, figures):
     "A line of the log for a validation, and a warning when the loss is where guessing would leave it."
     engine, losses = book.engine, book.losses[-book.engine.steps_per_epoch:]
@@ -267,7 +267,7 @@ def say_progress(book, figures):
     if loss and chance and abs(loss / chance - 1) < 0.02:
         book.log(f"the loss sits at ln(batch) = {chance:.3f}: so far the model tells no pair from another (learning rate, data and captions are what to look at)")
 
-# %% ../nbs/14_training.ipynb #8f3bdfa8
+# %% ../nbs/14_training.ipynb #36a798b1
 class Keeper(L.Callback):
     "Tells the book when to write, and Lightning when to stop."
 
@@ -290,7 +290,7 @@ class Keeper(L.Callback):
     def on_exception(self, trainer, engine, error):
         if isinstance(error, FloatingPointError): save_checkpoint(engine_state(engine), self.book.run.folder / "checkpoints" / "nonfinite.ckpt")
 
-# %% ../nbs/14_training.ipynb #c53ce535
+# %% ../nbs/14_training.ipynb #76af84fc
 def pick_device(name:str="auto") -> torch.device: # auto, cpu, cuda or mps
     "The device to train on. Raises ValueError for one that is not there."
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -298,7 +298,7 @@ def pick_device(name:str="auto") -> torch.device: # auto, cpu, cuda or mps
     if not there.get(name): raise ValueError(f"train.device: no {name!r} here; there is {', '.join(n for n in there if there[n])}")
     return torch.device(name)
 
-# %% ../nbs/14_training.ipynb #64f80592
+# %% ../nbs/14_training.ipynb #b7744321
 def pick_precision(wanted:str, # fp32, fp16 or bf16
                    device:torch.device,
                    log, # gets a line when something else is taken
@@ -308,7 +308,7 @@ def pick_precision(wanted:str, # fp32, fp16 or bf16
     if not has[wanted]: log(f"precision: {device.type} has no {wanted}, training in fp32"); wanted = "fp32"
     return {"fp32": "32-true", "fp16": "16-mixed", "bf16": "bf16-mixed"}[wanted]
 
-# %% ../nbs/14_training.ipynb #4332795e
+# %% ../nbs/14_training.ipynb #0db0eab3
 @contextmanager
 def _calm():
     "Lightning's advice on loaders, loggers and devices does not concern a run of ours."
@@ -321,7 +321,7 @@ def _calm():
         finally:
             for logger, level in zip(loggers, levels): logger.setLevel(level)
 
-# %% ../nbs/14_training.ipynb #b89677a7
+# %% ../nbs/14_training.ipynb #b8103572
 def fit(recipe, # Recipe, or what `load_recipe` takes
         task=None, # what to train, see "Another task"; None: the recipe's dual encoder
         data=None, # its batches; goes with task
@@ -349,7 +349,7 @@ def fit(recipe, # Recipe, or what `load_recipe` takes
     _train(engine, book, state, device, pick_precision(recipe.train.precision, device, log))
     return _finish(book)
 
-# %% ../nbs/14_training.ipynb #80d387f6
+# %% ../nbs/14_training.ipynb #89be773f
 def _reopen(run, recipe, data):
     "The checkpoint of an interrupted run; None if it was stopped before its first. Raises ValueError if recipe or pairs are others now."
     if run.finished: raise ValueError(f"{run.folder} is finished: there is nothing to resume")
@@ -364,7 +364,7 @@ def _reopen(run, recipe, data):
     file = run.folder / "checkpoints" / "last.ckpt"
     return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
 
-# %% ../nbs/14_training.ipynb #00453015
+# %% ../nbs/14_training.ipynb #4b397a5e
 def _about(recipe, task, data, device):
     "What run.json says of a run that starts."
     parameters = list(task.model.parameters())
@@ -374,7 +374,7 @@ def _about(recipe, task, data, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return dict(versions=versions, device=f"{device.type} ({name})", seed=recipe.train.seed, parameters=count, stand_ins=recipe.stand_ins_used) | data.about
 
-# %% ../nbs/14_training.ipynb #3b9c153c
+# %% ../nbs/14_training.ipynb #45625a1e
 def _train(engine, book, state, device, precision):
     "Let Lightning run the engine to its end; with nothing to train only the untrained model is measured."
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
@@ -389,13 +389,13 @@ def _train(engine, book, state, device, precision):
                              "Lower train.lr, or use train.precision=fp32") from None
         finally: book.bar.close()
 
-# %% ../nbs/14_training.ipynb #ec69e35a
+# %% ../nbs/14_training.ipynb #4169891c
 def _measure_only(engine, book, trainer, state):
     "A zero-shot run (epochs: 0), or one whose last step was done before it was interrupted."
     engine._trainer = trainer
     if state is None: write_row(book, book.validate())
 
-# %% ../nbs/14_training.ipynb #783d844d
+# %% ../nbs/14_training.ipynb #96385f88
 def _finish(book):
     "Put the best model into the task and the run, and close the run."
     best = torch.load(book.run.folder / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True)
