@@ -61,8 +61,8 @@ def assemble(folder: str | Path,   # a folder with open_clip_config.json and, wh
     folder = Path(folder).resolve()
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     options = {}
-    if "hf_model_name" in config["model_cfg"]["text_cfg"]:
-        # open_clip looks the name up on the hub: its config lies in the folder
+    if "hf_model_name" in config["model_cfg"]["text_cfg"] and (folder / "config.json").is_file():
+        # open_clip would look the name up on the hub: its config lies in the folder
         options["text_cfg"] = {**config["model_cfg"]["text_cfg"], "hf_model_name": str(folder), "hf_model_pretrained": False}
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=weights, pretrained_text=False, **options)

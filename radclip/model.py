@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 
-from .folder import DualEncoder, as_encoder, assemble, fingerprint, load_model, save_model, write_json
+from .folder import DualEncoder, as_encoder, assemble, load_model, write_json
+from .folder import fingerprint, save_model  # noqa: F401 (passed on, so that one import has all of a model)
 from .weights import (as_bert_config, clip_config, clip_preprocess, clip_weights, fetch, load_image_weights,
                              load_text_weights, needs_quick_gelu, open_clip_name, plain_checkpoint, pretrained_tokenizer)
 
@@ -69,11 +70,12 @@ PRESETS = {
 # %% ../nbs/08_model.ipynb #aaaae086
 def as_config(config: ModelConfig | dict | str,  # a config, its fields, or the name of a model
               ) -> ModelConfig:                  # with every field that its kind needs filled in
-    "Read a config: a name is `phantom`, an open_clip name, or `hf-hub:ID`. Raises ValueError, with the nearest field, for a wrong one."
+    "Read a config: a name is `phantom`, an open_clip name, `hf-hub:ID` or a folder. Raises ValueError, with the nearest field, for a wrong one."
     import difflib
 
     if isinstance(config, str):
-        config = {"kind": "phantom"} if config == "phantom" else {"kind": "open_clip", "name": config}
+        name = f"local-dir:{config}" if Path(config).is_dir() else config
+        config = {"kind": "phantom"} if config == "phantom" else {"kind": "open_clip", "name": name}
     if isinstance(config, dict):
         for field in config.keys() - ModelConfig.model_fields.keys():
             near = difflib.get_close_matches(field, ModelConfig.model_fields, 1, 0)[0]
@@ -268,21 +270,23 @@ def _image_reader(encoder: DualEncoder, images: Any) -> tuple[int, Callable[[ran
     "How many images there are, and a function from rows to [B, 3, H, W]: one for each form images come in."
     from PIL import Image
 
+    from radclip.loading import eight_bit
+
     cfg = encoder.model.visual.preprocess_cfg
-    if hasattr(images, "to_float"):  # a PixelCache
-        return len(images.pixels), images.to_float
-    if hasattr(images, "column_names"):  # the pairs table
-        table = images.select_columns(["image"])
-        return len(table), lambda rows: torch.stack([encoder.preprocess(row["image"]) for row in table.select(rows)])
-    if hasattr(images, "dtype"):
-        return len(images), _array_reader(torch.as_tensor(images), cfg)
 
     def one(image):
         if isinstance(image, (str, Path)):
             with Image.open(image) as opened:
-                return encoder.preprocess(opened)
-        return encoder.preprocess(image)
+                return one(opened)
+        return encoder.preprocess(eight_bit(image))  # PIL would clip 12-bit radiographs to white
 
+    if hasattr(images, "to_float"):  # a PixelCache
+        return len(images.pixels), images.to_float
+    if hasattr(images, "column_names"):  # the pairs table
+        table = images.select_columns(["image"])
+        return len(table), lambda rows: torch.stack([one(row["image"]) for row in table.select(rows)])
+    if hasattr(images, "dtype"):
+        return len(images), _array_reader(torch.as_tensor(images), cfg)
     images = list(images)
     return len(images), lambda rows: torch.stack([one(images[i]) for i in rows])
 

@@ -200,6 +200,7 @@ def is_openai(path: Path) -> bool:
 # %% ../nbs/06_weights.ipynb #4a7022fa
 def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
     "Whether the weights need quick_gelu while the plain name would run them on gelu. Raises ValueError for the reverse."
+    from open_clip import list_models
     from open_clip.factory import get_model_config
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -210,6 +211,9 @@ def needs_quick_gelu(name: str, pretrained: str | None) -> bool:
     needs = is_openai(Path(pretrained)) if local else bool(tag.get("quick_gelu")) if tag else has
     if needs and not has:
         warnings.warn(f"{pretrained} was trained with quick_gelu: building {name}-quickgelu, not {name}", stacklevel=3)
+    elif local and not has and f"{name}-quickgelu" in list_models():
+        warnings.warn(f"{Path(pretrained).name} does not say which activation it was trained with: running gelu; if it "
+                      f"comes from OpenAI's CLIP, use {name}-quickgelu", stacklevel=3)
     elif has and tag and not needs:
         raise ValueError(f"{pretrained} was trained with gelu: use {name.removesuffix('-quickgelu')}, not {name}")
     return needs and not has

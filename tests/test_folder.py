@@ -93,6 +93,16 @@ def test_stock_open_clip_loads_the_folder_alone(tmp_path):
         np.testing.assert_allclose(encode_texts(encoder, ["Large RIGHT pleural effusion.", "a stone"]), stock["t"], atol=1e-6)
 
 
+def test_stock_open_clip_loads_the_phantom_model_where_radclip_was_imported(phantom, tmp_path):
+    import open_clip
+    folder = save_model(phantom, tmp_path / "m")
+    stock = open_clip.create_model(f"local-dir:{folder}").eval()
+    with torch.no_grad():
+        theirs = stock.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS[:4]), normalize=True)
+    assert torch.allclose(theirs, encode_texts(phantom, CAPTIONS[:4]), atol=1e-6)
+    assert torch.equal(encode_texts(build_model(str(folder)), CAPTIONS), encode_texts(phantom, CAPTIONS))
+
+
 def test_saving_over_a_folder_replaces_it_whole(phantom, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "leftover.bin").write_text("old")

@@ -56,6 +56,23 @@ def test_every_form_of_images_gives_the_same_embeddings(phantom, tmp_path):
         assert torch.allclose(encode_images(phantom, images), expected, atol=1e-5)
 
 
+def test_the_pixel_cache_gives_what_the_pictures_give(phantom, tmp_path):
+    from datasets import Dataset, Features, Image as ImageFeature
+
+    from radclip.loading import PixelCache
+    for i, x in enumerate(np.random.default_rng(1).integers(0, 256, (4, 90, 150, 3), dtype=np.uint8)):
+        Image.fromarray(x).save(tmp_path / f"{i}.png")
+    table = Dataset.from_dict({"image": [str(tmp_path / f"{i}.png") for i in range(4)]}, features=Features({"image": ImageFeature()}))
+    cache = PixelCache.build(table, phantom.preprocess, tmp_path / "cache")
+    assert torch.allclose(encode_images(phantom, cache, batch_size=3), encode_images(phantom, table), atol=1e-4)
+
+
+def test_deep_grey_images_are_stretched_not_clipped(phantom):
+    ramp = np.arange(128 * 128, dtype=np.uint16).reshape(128, 128)
+    shown = Image.fromarray(np.uint8(np.round(ramp * (255 / ramp.max()))))
+    assert torch.allclose(encode_images(phantom, [Image.fromarray(ramp)]), encode_images(phantom, [shown]), atol=1e-3)
+
+
 def test_encoding_leaves_the_training_mode_as_it_was(phantom):
     phantom.model.train()
     phantom.model.visual.trunk.stem.eval()

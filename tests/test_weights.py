@@ -207,12 +207,22 @@ def test_local_openai_checkpoints_run_on_quick_gelu(tiny_names, form):
     assert all(torch.equal(a, b) for a, b in zip(embeddings(encoder), embeddings(load_model(tiny_names / "saved"))))
 
 
+def test_a_local_file_of_unknown_origin_runs_on_gelu_and_says_so(tiny_names):
+    encoder = build_model("Tiny-T-16")
+    torch.save(encoder.model.state_dict(), tiny_names / "w.pt")
+    with pytest.warns(UserWarning, match="does not say which activation"):
+        loaded = build_model({"kind": "open_clip", "name": "Tiny-T-16", "pretrained": str(tiny_names / "w.pt")})
+    assert all(torch.equal(a, b) for a, b in zip(embeddings(encoder), embeddings(loaded)))
+
+
+@pytest.mark.filterwarnings("ignore:w.pt does not say")
 def test_a_local_file_that_does_not_fit_says_so(tiny_names):
     torch.save({"a": torch.zeros(1)}, tiny_names / "w.pt")
     with pytest.raises(ValueError, match="do not fit"):
         build_model({"kind": "open_clip", "name": "Tiny-T-16", "pretrained": str(tiny_names / "w.pt")})
 
 
+@pytest.mark.filterwarnings("ignore:w.pt does not say")
 def test_local_file_with_bias_and_temperature_asked_for(tiny_names):
     torch.save(build_model("Tiny-T-16").model.state_dict(), tiny_names / "w.pt")
     encoder = build_model({"kind": "open_clip", "name": "Tiny-T-16", "pretrained": str(tiny_names / "w.pt"),
