@@ -141,10 +141,11 @@ def chapter_table(prefix=""):
 
 
 def home_picture():
-    "The first picture that index.ipynb stores, as PNG bytes, or None."
+    "The first picture that index.ipynb stores, as (file name, bytes), or None."
     for cell in read(NBS / "index.ipynb")["cells"] if (NBS / "index.ipynb").exists() else []:
         for out in cell.get("outputs", []):
-            if png := out.get("data", {}).get("image/png"): return base64.b64decode("".join(png))
+            for kind in ("png", "jpeg"):
+                if data := out.get("data", {}).get(f"image/{kind}"): return f"home.{kind}", base64.b64decode("".join(data))
 
 
 def between(text, table):
@@ -161,7 +162,7 @@ def copies():
         for cell in nb["cells"]:
             if cell["cell_type"] == "markdown": cell["source"] = between("".join(cell["source"]), chapter_table()).splitlines(True)
         want[home] = dumps(nb).encode()
-    if png := home_picture(): want[NBS / "home.png"] = png
+    if picture := home_picture(): want[NBS / picture[0]] = picture[1]
     return want
 
 
