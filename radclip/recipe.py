@@ -162,26 +162,31 @@ def _validate(settings, schema):
     raise ValueError(f"recipe {settings.get('name', '')}: {what}")
 
 # %% ../nbs/12_recipe.ipynb #c2409632
+def _variable(name):
+    "Value of an environment variable; `$RADCLIP_PACKAGE` is where radclip is installed, with the packaged phantom model in it."
+    return os.environ.get(name) or (str(Path(radclip.__file__).parent) if name == "RADCLIP_PACKAGE" else None)
+
+# %% ../nbs/12_recipe.ipynb #df67389a
 def unset_variables(value, # anything YAML can hold
                    ) -> list: # names of the environment variables in its strings that are not set
     "Which `$NAME` in these settings have no value."
     if isinstance(value, dict): value = list(value.values())
     if isinstance(value, (list, tuple)): return [n for v in value for n in unset_variables(v)]
     names = re.findall(r"\$\{?([A-Za-z_]\w*)", value) if isinstance(value, str) else []
-    return [n for n in names if not os.environ.get(n)]
+    return [n for n in names if not _variable(n)]
 
-# %% ../nbs/12_recipe.ipynb #df67389a
+# %% ../nbs/12_recipe.ipynb #b3aaa378
 def expand_variables(value, # anything YAML can hold
                     ): # the same with `$NAME` and `${NAME}` replaced; unset ones are left
     "Put environment variables into the strings of these settings."
     if isinstance(value, dict): return {k: expand_variables(v) for k, v in value.items()}
     if isinstance(value, list): return [expand_variables(v) for v in value]
-    return re.sub(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", lambda m: os.environ.get(m[1] or m[2]) or m[0], value) if isinstance(value, str) else value
-
-# %% ../nbs/12_recipe.ipynb #b3aaa378
-PARTS = {"data": ["data"], "weights": ["model"]}  # which sections of a recipe each kind of stand-in is for
+    return re.sub(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", lambda m: _variable(m[1] or m[2]) or m[0], value) if isinstance(value, str) else value
 
 # %% ../nbs/12_recipe.ipynb #6de4fb2e
+PARTS = {"data": ["data"], "weights": ["model"]}  # which sections of a recipe each kind of stand-in is for
+
+# %% ../nbs/12_recipe.ipynb #ab86e595
 def use_stand_in(settings:dict, # a recipe's settings, changed in place
                  part:str, # data or weights
                  why:str, # what can't be had
@@ -189,11 +194,11 @@ def use_stand_in(settings:dict, # a recipe's settings, changed in place
     "Replace what can't be had by the recipe's stand-in, and note it in `stand_ins_used`. Raises ValueError, saying why, if the recipe has none."
     wanted = (settings.get("stand_in") or {}).get(part) or {}
     if not wanted: raise ValueError(f"recipe {settings['name']}: {why}")
-    for path, value in wanted.items(): set_path(settings, path, value)
+    for path, value in wanted.items(): set_path(settings, path, expand_variables(value))
     changes = ", ".join(f"{p}={json.dumps(v)}" for p, v in wanted.items())
     settings.setdefault("stand_ins_used", []).append(f"{why}; STAND-IN used instead: {changes}")
 
-# %% ../nbs/12_recipe.ipynb #ab86e595
+# %% ../nbs/12_recipe.ipynb #fb074cd9
 def _settle(settings, stand_in):
     "Apply the stand-ins that unset variables (or the caller) ask for, then expand the variables."
     for part, sections in PARTS.items():
@@ -207,14 +212,14 @@ def _settle(settings, stand_in):
         raise ValueError(f"recipe {settings['name']}: ${left[0]} is not set")
     return settings
 
-# %% ../nbs/12_recipe.ipynb #fb074cd9
+# %% ../nbs/12_recipe.ipynb #7d369b75
 def _without(stand_in, path):
     "The stand-ins that remain when the user set `path`: who names a source or a model wants that one, and a set value stays."
     inside = lambda a, b: f"{a}.".startswith(f"{b}.")
     whole = {part for part, what in {"data": "data.source", "weights": "model"}.items() if inside(path, what)}
     return {part: {k: v for k, v in wanted.items() if not inside(k, path) and not inside(path, k)} for part, wanted in stand_in.items() if part not in whole}
 
-# %% ../nbs/12_recipe.ipynb #7d369b75
+# %% ../nbs/12_recipe.ipynb #2a1ce1e8
 def load_recipe(name_or_path, # packaged name, or path of a YAML file
                 *overrides:str, # as train.epochs=3; the value is YAML
                 stand_in:bool|None=None, # None: where an environment variable is unset; True: always; False: never
@@ -231,7 +236,7 @@ def load_recipe(name_or_path, # packaged name, or path of a YAML file
     _validate(settings, schema)
     return _validate(_settle(settings, stand_in), schema)
 
-# %% ../nbs/12_recipe.ipynb #bea9de8b
+# %% ../nbs/12_recipe.ipynb #fea501c0
 def write_text(path, # file
                text:str): # its new content
     "Write beside, then rename: a reader sees the old file or the new one, never half of one."
@@ -240,7 +245,7 @@ def write_text(path, # file
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
-# %% ../nbs/12_recipe.ipynb #fea501c0
+# %% ../nbs/12_recipe.ipynb #6f9fdd68
 class Run:
     "One training run: a folder with recipe.yaml, run.json, metrics.csv, log.txt, checkpoints/, model/, embeddings/, evaluations/, figures/."
 
@@ -282,7 +287,7 @@ class Run:
         with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
             return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
-# %% ../nbs/12_recipe.ipynb #6f9fdd68
+# %% ../nbs/12_recipe.ipynb #bc084921
 def new_run(recipe, # what is going to run
             out="runs", # folder that holds all runs
            ) -> Run: # in a folder of its own: out/<recipe>/<YYYYMMDD-HHMMSS>
@@ -299,12 +304,12 @@ def new_run(recipe, # what is going to run
     write_text(Path(out) / "latest.txt", f"{folder.resolve()}\n")
     return run
 
-# %% ../nbs/12_recipe.ipynb #bc084921
+# %% ../nbs/12_recipe.ipynb #7c476a27
 def _runs(out, name="*"):
     "All run folders under `out`, oldest first."
     return sorted((f.parent for f in Path(out).glob(f"{name}/*/recipe.yaml")), key=lambda f: (f.name[:15], len(f.name), f.name))
 
-# %% ../nbs/12_recipe.ipynb #7c476a27
+# %% ../nbs/12_recipe.ipynb #c7d56ed8
 def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the newest of all
              out="runs", # folder that holds all runs
             ) -> Run:
@@ -322,7 +327,7 @@ def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the n
     if found := _runs(out): return Run(found[-1])
     raise FileNotFoundError(f"no run in {out}: train one first, as in `radclip train phantom`, or name the run's folder")
 
-# %% ../nbs/12_recipe.ipynb #c7d56ed8
+# %% ../nbs/12_recipe.ipynb #8fd779be
 def unfinished_run(name:str, # of a recipe
                    out="runs", # folder that holds all runs
                   ) -> Run: # the newest that did not end
@@ -331,7 +336,7 @@ def unfinished_run(name:str, # of a recipe
         if not Run(folder).finished: return Run(folder)
     raise FileNotFoundError(f"no unfinished run of {name} in {out}: start one without --resume")
 
-# %% ../nbs/12_recipe.ipynb #8fd779be
+# %% ../nbs/12_recipe.ipynb #58ab83b5
 def changed_settings(old:dict, # settings of a run
                      new:dict, # settings of a recipe
                      prefix:str="", # put before each key

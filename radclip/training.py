@@ -7,7 +7,7 @@ __all__ = ['rate_factor', 'Stream', 'Average', 'Log', 'MetricsFile', 'Engine', '
            'restore', 'Book', 'write_row', 'say_progress', 'Keeper', 'pick_device', 'pick_precision', 'fit']
 
 # %% ../nbs/14_training.ipynb #2f5b4f9c
-import csv, importlib.metadata, json, logging, math, os, platform, sys, time, warnings
+import csv, importlib.metadata, json, logging, math, os, platform, signal, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -378,7 +378,7 @@ def _about(recipe, task, data, device):
 def _train(engine, book, state, device, precision):
     "Let Lightning run the engine to its end; with nothing to train only the untrained model is measured."
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
-    epochs = 1 if engine.total > engine.step else 0
+    epochs, ctrl_c = 1 if engine.total > engine.step else 0, signal.getsignal(signal.SIGINT)
     with _calm():
         trainer = L.Trainer(accelerator=accelerator, devices=1, precision=precision, max_epochs=epochs, callbacks=[Keeper(book, state)], logger=False,
                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -387,6 +387,10 @@ def _train(engine, book, state, device, precision):
         except FloatingPointError as error:
             raise ValueError(f"step {engine.step + 1}: {error}; training stopped and its state is in {book.run.folder / 'checkpoints' / 'nonfinite.ckpt'}. "
                              "Lower train.lr, or use train.precision=fp32") from None
+        except SystemExit:  # Lightning's answer to Ctrl-C, which also makes the process deaf to the next one
+            signal.signal(signal.SIGINT, ctrl_c)
+            book.log(f"interrupted at step {engine.step} of {engine.total}; resume goes on from the last checkpoint")
+            raise KeyboardInterrupt from None
         finally: book.bar.close()
 
 # %% ../nbs/14_training.ipynb #4169891c

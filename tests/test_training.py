@@ -56,7 +56,7 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(tmp_path, more):
         files = list((tmp_path / "killed").glob("tiny/*/metrics.csv"))
         return len(files[0].read_text().splitlines()) - 2 if files else -1
     try:
-        end = time.time() + 120
+        end = time.time() + 300  # only a hang reaches this
         while rows() < 5 and child.poll() is None and time.time() < end: time.sleep(0.02)
     finally: child.send_signal(signal.SIGKILL); child.wait()
     killed = find_run(out=tmp_path / "killed")
@@ -86,6 +86,18 @@ def test_resume_from_any_step(tmp_path, monkeypatch, uninterrupted, stop):
     with pytest.raises(Stop): fit(tiny(checkpoint_every=1), out=tmp_path, quiet=True)
     monkeypatch.setattr(training.Book, "save", save)
     assert len(uninterrupted) == 10 and losses(fit(tiny(checkpoint_every=1), out=tmp_path, resume=True, quiet=True)) == uninterrupted
+
+
+def test_ctrl_c_stops_and_the_next_one_is_heard(tmp_path, monkeypatch, uninterrupted):
+    step, handler = training.take_step, signal.getsignal(signal.SIGINT)
+    def press(engine):
+        step(engine)
+        if engine.step == 7: raise KeyboardInterrupt
+    monkeypatch.setattr(training, "take_step", press)
+    with pytest.raises(KeyboardInterrupt): fit(tiny(checkpoint_every=1), out=tmp_path, quiet=True)
+    assert signal.getsignal(signal.SIGINT) == handler and "interrupted at step 7 of 10" in (find_run(out=tmp_path).folder / "log.txt").read_text()
+    monkeypatch.setattr(training, "take_step", step)
+    assert losses(fit(tiny(checkpoint_every=1), out=tmp_path, resume=True, quiet=True)) == uninterrupted
 
 
 def test_a_changed_recipe_is_refused(tmp_path, monkeypatch):
