@@ -131,6 +131,13 @@ def test_notebook_links_lead_somewhere(path):
             assert (path.parent / target).exists(), f"cell {i}: a dead link to {target}"
 
 
+def test_every_chapter_ends_with_a_link_to_the_next():
+    order = sorted(CHAPTERS.values())
+    for path, following in zip(order, [*order[1:], NBS / "index.ipynb"]):
+        texts = ["".join(c["source"]) for c in house.read(path)["cells"] if c["cell_type"] == "markdown"]
+        assert f"]({following.name})" in "".join(texts[-2:]), f"{path.name} does not end with a link to {following.name}"
+
+
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if house.default_exp(p)], ids=lambda p: p.stem)
 def test_module_is_what_its_notebook_exports(path, tmp_path):
     export = pytest.importorskip("nbdev.export")
