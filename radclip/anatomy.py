@@ -70,12 +70,13 @@ def frame_of(
 # %% ../nbs/01_anatomy.ipynb #41aba7cf
 def bent_grid(
     batch: list[Picture],
+    frames: list[Frame],  # of the pictures
     size: int,  # pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # [N, size, size] each, float32
     "The point (u, v) of the nominal body under each pixel of each picture."
     at = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1)
     x, y = at[None, None, :], at[None, :, None]
-    rows = [(f.sx, f.sy, f.turn, f.keep, f.tx, f.ty) for f in map(frame_of, batch)]
+    rows = [(f.sx, f.sy, f.turn, f.keep, f.tx, f.ty) for f in frames]
     sx, sy, turn, keep, tx, ty = np.array(rows, np.float32).T[:, :, None, None]
     bends, most = _banks(size)["bends"], np.float32(0.028)
     u = (x - tx) * (keep / sx) + (y - ty) * (turn / sx) + bends[[p.body[8] % 48 for p in batch]] * most
@@ -108,7 +109,8 @@ class Sheet:
     ):
         kind = batch[0].kind
         self.batch, self.size, self.layers = batch, size, atlas(ATLAS.get(kind, kind), size)
-        self.u, self.v = bent_grid(batch, size)
+        self.frames = [frame_of(p) for p in batch]
+        self.u, self.v = bent_grid(batch, self.frames, size)
         self.index = atlas_index(self.u, self.v, size)
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -144,7 +146,7 @@ def _chest_frontal(s: Sheet) -> np.ndarray:
     image *= 0.38
     image += 0.32
     image *= skin
-    lung = np.maximum(s["lung_r"], s["lung_l"]) + (full - 0.5 * np.maximum(wide, 0))
+    lung = s["lungs"] + (full - 0.5 * np.maximum(wide, 0))
     air = soft(lung, 0.045)
     image -= air * (0.34 + np.clip(lung, 0, 0.16) * 0.9 + 2.2 * full)
     image += air * s["vessels"] * (0.24 - 2.8 * full)
@@ -202,15 +204,15 @@ def _brain(s: Sheet) -> dict[str, np.ndarray]:
         fluid *= calm
         fluid = np.maximum.reduce([fluid, soft(s["fourth"], 0.02), soft(s["cistern"], 0.03), 0.5 * soft(0.012 - np.abs(s["cerebellum"] + 0.01), 0.02), 0.25 * folia])
         grey = grey * calm + 0.8 * folia
-        bony = soft(np.maximum(s["petrous"], s["sphenoid"] + 0.015), 0.03)
+        bony = soft(s["bony"], 0.03)
         tissue |= {"bony": bony}
     elif level == "ventricles":
         cleft *= soft(np.abs(s.v) - 0.36, 0.03)
         wide = s.grown("Hydrocephalus", 0.05, 0.1)
-        horns = np.maximum(s["front_horn"], s["back_horn"]) + (wide + 0.02 * lost)
+        horns = s["horns"] + (wide + 0.02 * lost)
         horns = soft(np.maximum(horns, s["third"] + 0.3 * wide), 0.02)
         fluid = np.maximum(fluid, horns)
-        grey = np.maximum(grey, 0.85 * soft(np.maximum(s["nuclei"], s["thalamus"]), 0.03))
+        grey = np.maximum(grey, 0.85 * soft(s["deep"], 0.03))
     return tissue | {"fluid": np.maximum(fluid, cleft), "grey": grey, "cleft": cleft}
 
 # %% ../nbs/01_anatomy.ipynb #932b95b3
@@ -285,8 +287,11 @@ def _abdomen_ct(s: Sheet) -> np.ndarray:
         mix(image, soft(kid - 0.075, 0.03), 0.3)
     mix(image, s["bone"], 0.9)
     mix(image, s["marrow"], 0.7)
-    mix(image, soft(0.062 - np.sqrt((s.u - 0.045) ** 2 + (s.v - 0.095) ** 2), 0.02), aorta)
-    mix(image, soft(0.06 - np.sqrt((s.u + 0.1) ** 2 + (s.v - 0.09) ** 2), 0.02), vein)
+    size = s.size
+    near = np.s_[:, size * 3 // 8:size * 3 // 4, size // 4:size * 3 // 4]  # the great vessels lie near the middle
+    u, v, middle = s.u[near], s.v[near], image[near]
+    mix(middle, soft(0.062 - np.sqrt((u - 0.045) ** 2 + (v - 0.095) ** 2), 0.02), aorta)
+    mix(middle, soft(0.06 - np.sqrt((u + 0.1) ** 2 + (v - 0.09) ** 2), 0.02), vein)
     return image
 
 # %% ../nbs/01_anatomy.ipynb #01887a56

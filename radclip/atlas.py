@@ -202,6 +202,12 @@ def atlas(
             far = np.maximum(far, far[:, ::-1])
         layers[key] = _resized(far, side)
     layers |= TEXTURES[name](side)
+    if name == "chest_frontal":
+        layers["lungs"] = np.maximum(layers["lung_r"], layers["lung_l"])
+    if name == "head":
+        layers["horns"] = np.maximum(layers.pop("front_horn"), layers.pop("back_horn"))
+        layers["deep"] = np.maximum(layers.pop("nuclei"), layers.pop("thalamus"))
+        layers["bony"] = np.maximum(layers.pop("petrous"), layers.pop("sphenoid") + 0.015)
     if name == "abdomen":
         body, arch = layers.pop("vertebra"), layers.pop("arch")
         layers["bone"] = np.maximum.reduce([soft(body, 0.02), soft(arch, 0.02), layers.pop("ribs")])

@@ -77,6 +77,12 @@ def _named(name: str) -> dict:
     "The vocabulary's entry of a finding."
     return next(f for f in vocabulary()["findings"] if f["name"] == name)
 
+
+@lru_cache(maxsize=None)
+def _shown_in(kind: str) -> list[dict]:
+    "The vocabulary's findings that a kind of picture can show."
+    return [f for f in vocabulary()["findings"] if kind in f["in"]]
+
 # %% ../nbs/00_findings.ipynb #4ef07138
 @dataclass(frozen=True)
 class Finding:
@@ -148,8 +154,9 @@ def outlines(
 def _place(f: dict, kind: str, facts: dict) -> dict | None:
     "How vocabulary entry `f` shows in a picture of this kind with these facts; None: it doesn't."
     place = f["in"].get(kind)
-    hidden = place is None or any(facts[k] not in v for k, v in place.get("when", {}).items())
-    return None if hidden else place
+    if place is None or any(facts[k] not in v for k, v in place.get("when", {}).items()):
+        return None
+    return place
 
 
 def _sizes(*places: dict) -> list[str]:
@@ -185,7 +192,7 @@ def _findings(dice: Dice, kind: str, facts: dict, seen: list[Finding], count: in
     "Up to `count` findings more: visible in this picture, not among `seen` and `also`, hiding nothing."
     found, blocked = list(seen), {f.name for f in seen} | set(also)
     for _ in range(count):
-        options = {f["name"]: f["weight"] for f in vocabulary()["findings"]
+        options = {f["name"]: f["weight"] for f in _shown_in(kind)
                    if f["name"] not in blocked and _place(f, kind, facts)
                    and not (kind == "chest_lateral" and "chest_frontal" in f["in"])}
         if not options:
@@ -314,8 +321,7 @@ def absent(
 ) -> list[dict]:  # vocabulary entries
     "The findings that a picture of this kind could show and doesn't."
     shown = {f.cui for f in p.findings}
-    return [f for f in vocabulary()["findings"]
-            if f["cui"] not in shown and not f.get("device") and _place(f, p.kind, p.facts)]
+    return [f for f in _shown_in(p.kind) if f["cui"] not in shown and not f.get("device") and _place(f, p.kind, p.facts)]
 
 # %% ../nbs/00_findings.ipynb #f8d233d7
 MARKS = {"arrow": ["(arrow)", "(white arrow)"], "asterisk": ["(asterisk)", "(*)"], "circle": ["(circle)", "(circled)"]}

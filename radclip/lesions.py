@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .anatomy import PHASE, Sheet, atlas_index, frame_of
+from .anatomy import PHASE, Frame, Sheet, atlas_index
 from .atlas import _banks, soft
 from .findings import Finding, Picture, shape, vocabulary
 
@@ -29,7 +29,7 @@ class Spot:
     ):
         x, y, self.rx, self.ry = (c / 1000 for c in at)
         self.sheet, self.finding, self.picture = s, f, s.batch[row]
-        box = frame_of(self.picture).rectangle((x - self.rx, y - self.ry, x + self.rx, y + self.ry))
+        box = s.frames[row].rectangle((x - self.rx, y - self.ry, x + self.rx, y + self.ry))
         x0, y0, x1, y1 = (round(c * s.size) for c in box)
         window = (row, slice(y0, max(y1, y0 + 1)), slice(x0, max(x1, x0 + 1)))
         self.pixels, self.index = image[window], s.index[window]
@@ -336,7 +336,7 @@ def paint(
             for at in shape(f, p.kind) if painter else ():
                 painter(Spot(s, image, row, f, at))
         if p.kind == "chest_frontal":
-            _wires(s, image[row], p)
+            _wires(s, image[row], p, s.frames[row])
 
 # %% ../nbs/01_lesions.ipynb #482f6d39
 WIRES = {  # (points for the patient's right side, width, mirrored on the left are x below this)
@@ -347,12 +347,12 @@ WIRES = {  # (points for the patient's right side, width, mirrored on the left a
 }
 
 
-def _wires(s: Sheet, image: np.ndarray, p: Picture) -> None:
+def _wires(s: Sheet, image: np.ndarray, p: Picture, frame: Frame) -> None:
     "Add the tubes, lines and pacemakers of one picture."
     found = [(f, wire) for f in p.findings for wire in WIRES.get(painter_of(f, p.kind), ())]
     if not found:
         return
-    size, frame = s.size, frame_of(p)
+    size = s.size
     canvas = Image.new("L", (2 * size, 2 * size))
     pen = ImageDraw.Draw(canvas)
     for f, (points, width, turn) in found:

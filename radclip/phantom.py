@@ -36,7 +36,7 @@ def _sector(size: int, linear: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray
         seen, depth = (np.abs(across) < 0.72) & (r > 0.62) & (r < 2.5), (r - 0.62) / 1.9
     column = np.clip((across + 1.2) * size * 0.83, 0, 2 * size - 1).astype(np.int32)
     row = np.clip(depth * size * 1.9, 0, 2 * size - 1).astype(np.int32)
-    return seen, depth.astype(np.float32), row * (4 * size) + column
+    return seen.astype(np.float32), depth.astype(np.float32), (row * (4 * size) + column).astype(np.intp)
 
 
 def _echo(s: Sheet, row: int, f: Finding, image: np.ndarray) -> None:
@@ -133,9 +133,9 @@ def _draw_batch(batch: list[Picture], size: int) -> np.ndarray:
     image = anatomy(s)
     paint(s, image)
     pixels = finish(s, image)
-    for p, picture in zip(batch, pixels):
+    for p, frame, picture in zip(batch, s.frames, pixels):
         if p.mark:
-            _annotate(p, frame_of(p), picture)
+            _annotate(p, frame, picture)
     return pixels
 
 
@@ -143,11 +143,11 @@ def boxes(
     p: Picture,
 ) -> list[dict]:  # {cui, finding, side, box} for each finding; two for a bilateral one
     "The box of each finding, as fractions of the picture."
-    found = []
+    frame, found = frame_of(p), []
     for f in p.findings:
         side = side_in(f, p.kind)
         for side, box in zip(["left", "right"] if side == "bilateral" else [side], outlines(f, p.kind)):
-            rectangle = frame_of(p).rectangle(tuple(c / 1000 for c in box))
+            rectangle = frame.rectangle(tuple(c / 1000 for c in box))
             found.append({"cui": f.cui, "finding": f.name, "side": side, "box": list(rectangle)})
     return found
 
