@@ -78,7 +78,7 @@ def zero_shot_report(
     return {"images": len(truth), "accuracy": float((chances.argmax(1) == truth).mean()), "AUROC": each,
             "macro_AUROC": float(np.mean(known)) if known else None}
 
-# %% ../nbs/15_zeroshot.ipynb #8ec45404
+# %% ../nbs/15_zeroshot.ipynb #740c15b8
 ABSENT = ("no {}.", "without {}.", "there is no {}.")
 
 
