@@ -7,7 +7,7 @@ __all__ = ['BATCHNORM_WARNING', 'TrainPairs', 'read_negatives', 'PairBatches', '
            'matching', 'loss_of', 'flat_figures', 'ContrastiveTask', 'fingerprint_of', 'store_images', 'store_texts',
            'store_frozen', 'build_contrastive']
 
-# %% ../nbs/22_contrastive.ipynb #9928f76d
+# %% ../nbs/22_contrastive.ipynb #b3024445
 import hashlib, math, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/22_contrastive.ipynb #54ffd104
+# %% ../nbs/22_contrastive.ipynb #45228416
 from .data import prepare_pairs, split_hash
 from .freezing import freeze, frozen_trunk, parameter_groups, train_mode
 from .gradcache import GradCache
@@ -26,7 +26,7 @@ from .model import DualEncoder, build_model, save_model
 from .ranking import batch_recall
 from .recipe import TrainConfig, use_stand_in
 
-# %% ../nbs/22_contrastive.ipynb #f9a92440
+# %% ../nbs/22_contrastive.ipynb #760713cd
 class TrainPairs(PairsDataset):
     "Training pairs that may come with stored features instead of pixels, and with mined negative captions."
     features = None   # one array [n, …] for each view of the images, in the table's row order
@@ -53,7 +53,7 @@ class TrainPairs(PairsDataset):
         pick = (u[..., 1] * self.counts[drawn]).astype(np.int64)
         return torch.from_numpy(self.text_ids[self.starts[drawn] + pick].reshape(-1))
 
-# %% ../nbs/22_contrastive.ipynb #f3f67514
+# %% ../nbs/22_contrastive.ipynb #acb2d66d
 def read_negatives(path, # parquet with image_id: string, negatives: list of image_id, hardest first
                    image_ids:list, # of the training table, in its order
                   ) -> dict: # row → array of rows
@@ -67,7 +67,7 @@ def read_negatives(path, # parquet with image_id: string, negatives: list of ima
     if not found: raise ValueError(f"train.negatives: {path} names none of the {len(row)} training images; mine negatives on the same training split")
     return found
 
-# %% ../nbs/22_contrastive.ipynb #957eaa2b
+# %% ../nbs/22_contrastive.ipynb #461906a8
 class PairBatches:
     "The data that `fit` wants: batches of any epoch from any place on, and the validation pairs."
 
@@ -99,7 +99,7 @@ class PairBatches:
         order = EpochBatches(len(self.train), self.batch_size, self.config.seed, epoch, start)
         return torch.utils.data.DataLoader(self.train, batch_sampler=order, collate_fn=collate, num_workers=self.config.workers, generator=torch.Generator())
 
-# %% ../nbs/22_contrastive.ipynb #224c6f92
+# %% ../nbs/22_contrastive.ipynb #c5434f1f
 def padding_id(model, # an open_clip model
               ): # the token that fills up a caption's end, if leaving it out changes no embedding; else None
     "Which towers can read captions shorter than their context: BERTs, and causal transformers that pool at the end token."
@@ -108,7 +108,7 @@ def padding_id(model, # an open_clip model
         return None if type(text.pooler).__name__ == "MaxPooler" else text.config.pad_token_id
     return text.pad_id if getattr(text, "pool_type", "") == "eos" and getattr(text, "cls_emb", 0) is None and text.attn_mask is not None else None
 
-# %% ../nbs/22_contrastive.ipynb #5846eea2
+# %% ../nbs/22_contrastive.ipynb #9cfc2ba9
 @contextmanager
 def _context(text, length):
     "Let a text tower read `length` tokens: its causal mask has the size of the full context."
@@ -118,7 +118,7 @@ def _context(text, length):
     finally:
         if mask is not None: text.attn_mask = mask
 
-# %% ../nbs/22_contrastive.ipynb #48d8b934
+# %% ../nbs/22_contrastive.ipynb #f63b22d7
 def encode_by_length(model, # an open_clip model
                      tokens, # [B, L]
                      groups:int=4, # groups of like length
@@ -133,7 +133,7 @@ def encode_by_length(model, # an open_clip model
         with _context(model.text, longest): out.append(model.encode_text(tokens[group, :longest]))
     return torch.cat(out)[order.argsort()]
 
-# %% ../nbs/22_contrastive.ipynb #62a38b55
+# %% ../nbs/22_contrastive.ipynb #0cefdcab
 class TwoTowers:
     "A dual encoder in training: batches in, embeddings out, whatever runs in between."
 
@@ -167,12 +167,12 @@ class TwoTowers:
         "Save the whole encoder."
         save_model(self.encoder, folder)
 
-# %% ../nbs/22_contrastive.ipynb #2cc4488b
+# %% ../nbs/22_contrastive.ipynb #46b2cb62
 def _unit(z):
     "Unit norm in float32, whatever autocast made of the embedding."
     with torch.autocast(z.device.type, enabled=False): return F.normalize(z.float(), dim=-1)
 
-# %% ../nbs/22_contrastive.ipynb #a31ae736
+# %% ../nbs/22_contrastive.ipynb #5b6d5b93
 def matching(batch, # as from PairBatches
              groups:bool=False, # True: what belongs to one patient (or article) matches too
             ): # [B, B + E] bool
@@ -182,18 +182,13 @@ def matching(batch, # as from PairBatches
     if groups: same[:, :len(same)] |= batch["group"][:, None] == batch["group"][None]
     return same
 
-# %% ../nbs/22_contrastive.ipynb #8c67d52f
-def loss_of(loss, # of make_loss
-            model, # holds logit_scale, and logit_bias where it has one
-            image_emb:torch.Tensor, # [B, D]
-            text_emb:torch.Tensor, # [B + E, D]: E mined negatives at the end
-            same:torch.Tensor|None, # [B, B] bool: really matching pairs
-           ): # scalar
+# %% ../nbs/22_contrastive.ipynb #356c238e
+def loss_of(loss, model, image_emb, text_emb, same):
     "A loss of embeddings [B, D] and [B + E, D], in float32: half precision has too few digits for it."
     with torch.autocast(image_emb.device.type, enabled=False):
         return loss(image_emb, text_emb, model.logit_scale.exp(), logit_bias=getattr(model, "logit_bias", None), same=same)
 
-# %% ../nbs/22_contrastive.ipynb #f8e017dc
+# %% ../nbs/22_contrastive.ipynb #934e778d
 def flat_figures(report:dict, # {"image_to_text": {"R@1": …, …}, "text_to_image": {…}, …}
                 ) -> dict: # image_to_text_R@1 and so on, and `recall`, the mean of both R@1
     "A validation report as the columns of a log."
@@ -201,7 +196,7 @@ def flat_figures(report:dict, # {"image_to_text": {"R@1": …, …}, "text_to_im
     numbers = {f"{side}_{k}": float(v) for side in sides for k, v in report[side].items() if isinstance(v, (int, float))}
     return {"recall": sum(numbers[f"{side}_R@1"] for side in sides) / 2} | numbers
 
-# %% ../nbs/22_contrastive.ipynb #f9bfaa45
+# %% ../nbs/22_contrastive.ipynb #a3568790
 class ContrastiveTask(TwoTowers):
     "What `fit` needs to know about a dual encoder: how a batch becomes gradients, what is validated and how."
     monitor = "recall"  # the validation figure that picks the best epoch
@@ -242,7 +237,7 @@ class ContrastiveTask(TwoTowers):
 
     def validate(self, data, report=batch_recall): return flat_figures(report(*self.embeddings(data.validation))) if data.validation is not None else {}
 
-# %% ../nbs/22_contrastive.ipynb #ad271d5d
+# %% ../nbs/22_contrastive.ipynb #593b1948
 BATCHNORM_WARNING = ("the gradient cache: BatchNorm sees micro-batches, so the gradients are not those of the whole batch; "
                      "freeze the tower that has it, or leave train.micro_batch out")
 
@@ -250,12 +245,12 @@ def _batchnorm_trains(model):
     "Whether a BatchNorm is in training mode."
     return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
 
-# %% ../nbs/22_contrastive.ipynb #30b0c524
+# %% ../nbs/22_contrastive.ipynb #168d9ae2
 def _trains(model, side):
     "Whether anything of a tower trains."
     return any(p.requires_grad for name, p in model.named_parameters() if name not in ("logit_scale", "logit_bias") and name.startswith("visual") == (side == "image"))
 
-# %% ../nbs/22_contrastive.ipynb #55d9cbea
+# %% ../nbs/22_contrastive.ipynb #227c9dee
 def fingerprint_of(*parts): # tensors, and anything with a repr
     "Hash of tensors' values and of texts: the key of a feature cache."
     digest = hashlib.blake2b(digest_size=12)
@@ -263,7 +258,7 @@ def fingerprint_of(*parts): # tensors, and anything with a repr
         digest.update(part.detach().cpu().contiguous().float().numpy().tobytes() if torch.is_tensor(part) else str(part).encode())
     return digest.hexdigest()
 
-# %% ../nbs/22_contrastive.ipynb #fd465d83
+# %% ../nbs/22_contrastive.ipynb #810482a6
 @torch.inference_mode()
 def _encode_in(file, trunk, read, n, batch_size=128, progress="", limit=8e9):
     "Trunk outputs of n inputs as fp16 in a .npy file, made once. None if they would take more than `limit` bytes, or than the disk has."
@@ -280,7 +275,7 @@ def _encode_in(file, trunk, read, n, batch_size=128, progress="", limit=8e9):
     out.flush(); os.replace(part, file)
     return np.load(file, mmap_mode="r")
 
-# %% ../nbs/22_contrastive.ipynb #66aeb945
+# %% ../nbs/22_contrastive.ipynb #80354d16
 def _trunk_key(model, side):
     "What a trunk's output depends on: architecture, what is frozen of this side, and its buffers. Another seed for the rest changes nothing."
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -289,7 +284,7 @@ def _trunk_key(model, side):
     cfg = sorted((k, str(v)) for k, v in model.model_cfg["vision_cfg" if side == "image" else "text_cfg"].items() if k not in places)
     return fingerprint_of(side, cfg, *(x for pair in mine for x in pair))
 
-# %% ../nbs/22_contrastive.ipynb #d7d5d773
+# %% ../nbs/22_contrastive.ipynb #b6ccc18e
 def store_images(pairs, # TrainPairs
                  trunk, # frozen part of the image tower
                  key:str, # fingerprint of that part
@@ -302,13 +297,14 @@ def store_images(pairs, # TrainPairs
         how = f"{pairs.augment} {pairs.seed} {view}" if varied else "plain"
         file = cache_root() / "features" / f"{fingerprint_of(key, pairs.cache.key, pairs.cache.mean, pairs.cache.std, how)}.npy"
         pairs.epoch = view
-        array = _encode_in(file, trunk, lambda rows: pairs.images(rows).to(device), len(pairs.cache), progress=progress)
+        # channels last: depthwise convolutions take half the time on a CPU
+        array = _encode_in(file, trunk, lambda rows: pairs.images(rows).to(device, memory_format=torch.channels_last), len(pairs.cache), progress=progress)
         if array is None: return False
         stored.append(array)
     pairs.features, pairs.epoch = stored, 0
     return True
 
-# %% ../nbs/22_contrastive.ipynb #7090f940
+# %% ../nbs/22_contrastive.ipynb #31f30cb0
 def store_texts(pairs, # TrainPairs
                 trunk, # frozen part of the text tower
                 key:str, # fingerprint of that part
@@ -321,7 +317,7 @@ def store_texts(pairs, # TrainPairs
     if array is not None: pairs.tokens = torch.from_numpy(np.array(array))
     return array is not None
 
-# %% ../nbs/22_contrastive.ipynb #a6b2d548
+# %% ../nbs/22_contrastive.ipynb #aea555ab
 def store_frozen(task, # ContrastiveTask, its model on `device`
                  data, # PairBatches
                  device, # where to compute
@@ -339,7 +335,7 @@ def store_frozen(task, # ContrastiveTask, its model on `device`
             setattr(task, tower, lambda x, head=head: head(x.float()))
             say(f"the {side} tower's trunk is frozen: its output is stored and the trunk no longer runs")
 
-# %% ../nbs/22_contrastive.ipynb #2d524d2b
+# %% ../nbs/22_contrastive.ipynb #049bc33a
 def build_contrastive(recipe, # Recipe
                       say=print, # gets a line for the log
                       progress:bool=False, # show bars
@@ -353,7 +349,7 @@ def build_contrastive(recipe, # Recipe
     task = ContrastiveTask(encoder, recipe.loss, recipe.train)
     return recipe, task, PairBatches(pairs, encoder, recipe.train, progress)
 
-# %% ../nbs/22_contrastive.ipynb #a51a6326
+# %% ../nbs/22_contrastive.ipynb #1cd288a1
 def _or_stand_in(recipe, part, make, say):
     "(recipe, what `make` gives); where a file or hub can't be reached, with the recipe's stand-in. Raises as `make` does if there is none."
     try: return recipe, make(recipe)
