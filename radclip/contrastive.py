@@ -183,7 +183,12 @@ def matching(batch, # as from PairBatches
     return same
 
 # %% ../nbs/22_contrastive.ipynb #356c238e
-def loss_of(loss, model, image_emb, text_emb, same):
+def loss_of(loss, # of make_loss
+            model, # holds logit_scale, and logit_bias where it has one
+            image_emb:torch.Tensor, # [B, D]
+            text_emb:torch.Tensor, # [B + E, D]: E mined negatives at the end
+            same:torch.Tensor|None, # [B, B + E] bool: really matching pairs
+           ): # scalar
     "A loss of embeddings [B, D] and [B + E, D], in float32: half precision has too few digits for it."
     with torch.autocast(image_emb.device.type, enabled=False):
         return loss(image_emb, text_emb, model.logit_scale.exp(), logit_bias=getattr(model, "logit_bias", None), same=same)
