@@ -7,8 +7,8 @@ __all__ = ['PARTS', 'TrainConfig', 'StandIn', 'Recipe', 'recipe_folder', 'list_r
            'unset_variables', 'expand_variables', 'use_stand_in', 'load_recipe', 'write_text', 'Run', 'new_run',
            'find_run', 'unfinished_run', 'changed_settings']
 
-# %% ../nbs/20_recipe.ipynb #88a26425
-import difflib, json, os, re, sys, time
+# %% ../nbs/20_recipe.ipynb #a829599e
+import difflib, json, os, re, threading, time
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-# %% ../nbs/20_recipe.ipynb #0bcb6d11
+# %% ../nbs/20_recipe.ipynb #ee3c920f
 import radclip
 from .data import DataConfig
 from .freezing import FreezeConfig
@@ -25,7 +25,7 @@ from .losses import LossConfig
 from .model import ModelConfig, as_config
 from .ranking import EvaluateConfig
 
-# %% ../nbs/20_recipe.ipynb #420358cf
+# %% ../nbs/20_recipe.ipynb #dc021a0c
 class TrainConfig(BaseModel):
     "How a model is trained. The defaults suit a small model on a CPU."
     model_config = ConfigDict(extra="forbid")
@@ -57,14 +57,14 @@ class TrainConfig(BaseModel):
     max_minutes: float | None = Field(None, gt=0) # training stops after this long
     workers: int = Field(0, ge=0)                 # processes that load batches; 0: the main one
 
-# %% ../nbs/20_recipe.ipynb #23041b5f
+# %% ../nbs/20_recipe.ipynb #f7e441b0
 class StandIn(BaseModel):
     "Settings (dotted paths) that replace a recipe's own where its data or its weights can't be had, so that it still runs."
     model_config = ConfigDict(extra="forbid")
     data: dict[str, Any] = {}     # where a path or hub of the data can't be reached
     weights: dict[str, Any] = {}  # where pretrained weights can't be reached
 
-# %% ../nbs/20_recipe.ipynb #b51ab2eb
+# %% ../nbs/20_recipe.ipynb #4f52fbc1
 class Recipe(BaseModel):
     "One experiment: where the pairs come from, which model, which loss, how it trains, how it is measured."
     model_config = ConfigDict(extra="forbid")
@@ -86,19 +86,19 @@ class Recipe(BaseModel):
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name): raise ValueError("letters, digits and . _ + - only: it names a folder")
         return name
 
-# %% ../nbs/20_recipe.ipynb #acd6090e
+# %% ../nbs/20_recipe.ipynb #36320a30
 def recipe_folder() -> Path: # folder of the packaged YAML files
     "Where the packaged recipes lie."
     return Path(radclip.__file__).parent / "recipes"
 
-# %% ../nbs/20_recipe.ipynb #fa18ba2c
+# %% ../nbs/20_recipe.ipynb #767609d4
 def list_recipes(folder=None, # folder of YAML files; None: the packaged ones
                 ) -> dict: # name → description
     "The recipes there are, each with its one-line description."
     files = sorted(Path(folder or recipe_folder()).glob("*.yaml"))
     return {f.stem: (yaml.safe_load(f.read_text(encoding="utf-8")) or {}).get("description", "") for f in files}
 
-# %% ../nbs/20_recipe.ipynb #c9eb2d7a
+# %% ../nbs/20_recipe.ipynb #c413ba4a
 def _read_recipe(name_or_path) -> dict:
     "The YAML of a packaged recipe or of a file, as a dict with a name. Raises ValueError with the nearest names."
     path = recipe_folder() / f"{name_or_path}.yaml"
@@ -112,7 +112,7 @@ def _read_recipe(name_or_path) -> dict:
     if not isinstance(settings, dict): raise ValueError(f"{path} holds a {type(settings).__name__}: a recipe is keys and values, such as `train: {{epochs: 3}}`")
     return {"name": path.stem} | settings
 
-# %% ../nbs/20_recipe.ipynb #a01d6f42
+# %% ../nbs/20_recipe.ipynb #edf90083
 def set_path(settings:dict, # nested dict, changed in place
              path:str, # dotted path, as in train.epochs
              value): # what to put there, in place of whatever is there
@@ -123,7 +123,7 @@ def set_path(settings:dict, # nested dict, changed in place
         if not isinstance(settings, dict): raise ValueError(f"{path}: {'.'.join(parents[:i + 1])} is {settings!r}, which has nothing inside")
     settings[last] = value
 
-# %% ../nbs/20_recipe.ipynb #8d925a37
+# %% ../nbs/20_recipe.ipynb #4305e79e
 def _parse_override(text):
     "`train.epochs=3` → (path, value); the value is YAML, so 3 is a number and [a, b] a list."
     path, equals, value = text.partition("=")
@@ -131,7 +131,7 @@ def _parse_override(text):
     try: return path.strip(), yaml.safe_load(value)
     except yaml.YAMLError: raise ValueError(f"{path}: {value!r} is no valid YAML value; put quotes around it") from None
 
-# %% ../nbs/20_recipe.ipynb #2a630dc5
+# %% ../nbs/20_recipe.ipynb #901be167
 def valid_keys(schema, # pydantic class
                prefix:str="", # put before each key
               ) -> list: # dotted paths
@@ -142,7 +142,7 @@ def valid_keys(schema, # pydantic class
         keys += [prefix + name] + [k for t in inner for k in valid_keys(t, f"{prefix}{name}.")]
     return keys
 
-# %% ../nbs/20_recipe.ipynb #3d2b0536
+# %% ../nbs/20_recipe.ipynb #b5f19aa8
 def _nearest_key(path, schema):
     "The valid key that a mistyped one most likely means."
     keys = [k for k in valid_keys(schema) if not k.startswith("stand_in")]
@@ -151,7 +151,7 @@ def _nearest_key(path, schema):
     best = max(keys, key=score)
     return f"did you mean {best}?" if score(best) > 0.6 else f"keys there: {', '.join(k for k in keys if k.rpartition('.')[0] == path.rpartition('.')[0])}"
 
-# %% ../nbs/20_recipe.ipynb #21a80141
+# %% ../nbs/20_recipe.ipynb #3d4aafa8
 def _validate(settings, schema):
     "Check a recipe's settings; the first fault becomes one line. Raises ValueError."
     try: return schema(**settings)
@@ -161,12 +161,12 @@ def _validate(settings, schema):
     else: what = f"{path}: {fault['msg']} (got {fault['input']!r})"
     raise ValueError(f"recipe {settings.get('name', '')}: {what}")
 
-# %% ../nbs/20_recipe.ipynb #c2409632
+# %% ../nbs/20_recipe.ipynb #172f003e
 def _variable(name):
     "Value of an environment variable; `$RADCLIP_PACKAGE` is where radclip is installed, with the packaged phantom model in it."
     return os.environ.get(name) or (str(Path(radclip.__file__).parent) if name == "RADCLIP_PACKAGE" else None)
 
-# %% ../nbs/20_recipe.ipynb #df67389a
+# %% ../nbs/20_recipe.ipynb #866d7f63
 def unset_variables(value, # anything YAML can hold
                    ) -> list: # names of the environment variables in its strings that are not set
     "Which `$NAME` in these settings have no value."
@@ -175,7 +175,7 @@ def unset_variables(value, # anything YAML can hold
     names = re.findall(r"\$\{?([A-Za-z_]\w*)", value) if isinstance(value, str) else []
     return [n for n in names if not _variable(n)]
 
-# %% ../nbs/20_recipe.ipynb #b3aaa378
+# %% ../nbs/20_recipe.ipynb #81440bd1
 def expand_variables(value, # anything YAML can hold
                     ): # the same with `$NAME` and `${NAME}` replaced; unset ones are left
     "Put environment variables into the strings of these settings."
@@ -183,10 +183,10 @@ def expand_variables(value, # anything YAML can hold
     if isinstance(value, list): return [expand_variables(v) for v in value]
     return re.sub(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", lambda m: _variable(m[1] or m[2]) or m[0], value) if isinstance(value, str) else value
 
-# %% ../nbs/20_recipe.ipynb #6de4fb2e
+# %% ../nbs/20_recipe.ipynb #4665a00e
 PARTS = {"data": ["data"], "weights": ["model"]}  # which sections of a recipe each kind of stand-in is for
 
-# %% ../nbs/20_recipe.ipynb #ab86e595
+# %% ../nbs/20_recipe.ipynb #9cbc95b1
 def use_stand_in(settings:dict, # a recipe's settings, changed in place
                  part:str, # data or weights
                  why:str, # what can't be had
@@ -198,7 +198,7 @@ def use_stand_in(settings:dict, # a recipe's settings, changed in place
     changes = ", ".join(f"{p}={json.dumps(v)}" for p, v in wanted.items())
     settings.setdefault("stand_ins_used", []).append(f"{why}; STAND-IN used instead: {changes}")
 
-# %% ../nbs/20_recipe.ipynb #fb074cd9
+# %% ../nbs/20_recipe.ipynb #8db3614b
 def _settle(settings, stand_in):
     "Apply the stand-ins that unset variables (or the caller) ask for, then expand the variables."
     for part, sections in PARTS.items():
@@ -212,14 +212,14 @@ def _settle(settings, stand_in):
         raise ValueError(f"recipe {settings['name']}: ${left[0]} is not set")
     return settings
 
-# %% ../nbs/20_recipe.ipynb #7d369b75
+# %% ../nbs/20_recipe.ipynb #911d0b1e
 def _without(stand_in, path):
     "The stand-ins that remain when the user set `path`: who names a source or a model wants that one, and a set value stays."
     inside = lambda a, b: f"{a}.".startswith(f"{b}.")
     whole = {part for part, what in {"data": "data.source", "weights": "model"}.items() if inside(path, what)}
     return {part: {k: v for k, v in wanted.items() if not inside(k, path) and not inside(path, k)} for part, wanted in stand_in.items() if part not in whole}
 
-# %% ../nbs/20_recipe.ipynb #2a1ce1e8
+# %% ../nbs/20_recipe.ipynb #cf5cb0a7
 def load_recipe(name_or_path, # packaged name, or path of a YAML file
                 *overrides:str, # as train.epochs=3; the value is YAML
                 stand_in:bool|None=None, # None: where an environment variable is unset; True: always; False: never
@@ -236,16 +236,16 @@ def load_recipe(name_or_path, # packaged name, or path of a YAML file
     _validate(settings, schema)
     return _validate(_settle(settings, stand_in), schema)
 
-# %% ../nbs/20_recipe.ipynb #fea501c0
+# %% ../nbs/20_recipe.ipynb #78d543e9
 def write_text(path, # file
                text:str): # its new content
     "Write beside, then rename: a reader sees the old file or the new one, never half of one."
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")  # two writers, two files
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
-# %% ../nbs/20_recipe.ipynb #6f9fdd68
+# %% ../nbs/20_recipe.ipynb #6ef72e49
 class Run:
     "One training run: a folder with recipe.yaml, run.json, metrics.csv, log.txt, checkpoints/, model/, embeddings/, evaluations/, figures/."
 
@@ -287,7 +287,7 @@ class Run:
         with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
             return [{k: float(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
-# %% ../nbs/20_recipe.ipynb #bc084921
+# %% ../nbs/20_recipe.ipynb #2c242225
 def new_run(recipe, # what is going to run
             out="runs", # folder that holds all runs
            ) -> Run: # in a folder of its own: out/<recipe>/<YYYYMMDD-HHMMSS>
@@ -304,12 +304,12 @@ def new_run(recipe, # what is going to run
     write_text(Path(out) / "latest.txt", f"{folder.resolve()}\n")
     return run
 
-# %% ../nbs/20_recipe.ipynb #7c476a27
+# %% ../nbs/20_recipe.ipynb #51207020
 def _runs(out, name="*"):
     "All run folders under `out`, oldest first."
     return sorted((f.parent for f in Path(out).glob(f"{name}/*/recipe.yaml")), key=lambda f: (f.name[:15], len(f.name), f.name))
 
-# %% ../nbs/20_recipe.ipynb #c7d56ed8
+# %% ../nbs/20_recipe.ipynb #77331517
 def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the newest of all
              out="runs", # folder that holds all runs
             ) -> Run:
@@ -327,7 +327,7 @@ def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the n
     if found := _runs(out): return Run(found[-1])
     raise FileNotFoundError(f"no run in {out}: train one first, as in `radclip train phantom`, or name the run's folder")
 
-# %% ../nbs/20_recipe.ipynb #8fd779be
+# %% ../nbs/20_recipe.ipynb #2f543deb
 def unfinished_run(name:str, # of a recipe
                    out="runs", # folder that holds all runs
                   ) -> Run: # the newest that did not end
@@ -336,7 +336,7 @@ def unfinished_run(name:str, # of a recipe
         if not Run(folder).finished: return Run(folder)
     raise FileNotFoundError(f"no unfinished run of {name} in {out}: start one without --resume")
 
-# %% ../nbs/20_recipe.ipynb #58ab83b5
+# %% ../nbs/20_recipe.ipynb #41aac363
 def changed_settings(old:dict, # settings of a run
                      new:dict, # settings of a recipe
                      prefix:str="", # put before each key
