@@ -224,7 +224,7 @@ def index(
         found = which_model(run, runs)
         rows = embed_split(found, source, split or ("all" if source else "test"), progress=sys.stderr.isatty())
         folder = Path(to) if to else Path(getattr(found, "folder", ".")) / "index"
-        SearchIndex.build(found, rows.pairs, kind=kind, embeddings=(rows.image_emb, rows.text_emb)).save(folder)
+        SearchIndex.build(found, rows.pairs, kind=kind, embeddings=(rows.image_emb, rows.text_emb), source=rows.pool["source"]).save(folder)
     print(f"{shown(folder)}: {len(rows.pairs)} images of {rows.pool['source']}, split {rows.pool['split']}\n"
           f"search it with: radclip search {shlex.quote(shown(folder))} \"left pleural effusion\"")
 

@@ -317,7 +317,8 @@ def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the n
     if isinstance(run, Run): return run
     if run is not None:
         if (Path(run) / "recipe.yaml").is_file(): return Run(run)
-        if found := _runs(out, str(run)): return Run(found[-1])
+        found = [] if Path(run).is_absolute() else _runs(out, str(run))  # a recipe's name is never an absolute path
+        if found: return Run(found[-1])
         raise FileNotFoundError(f"no run at {run} and none of a recipe of that name in {out}")
     latest = Path(out) / "latest.txt"
     if latest.is_file():
