@@ -113,6 +113,14 @@ def _write_embeddings(file, tensors, key):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=key)
     os.replace(part, file)
 
+# %% ../nbs/24_evaluation.ipynb #8c754e98
+def _rows_of(pairs, split, name, own):
+    "The rows of a split, or all those of another source. Raises ValueError listing the splits that are there."
+    if split == "all" and not own: return pairs
+    try: return only_split(pairs, split, name)
+    except ValueError as error:
+        raise ValueError(f"{error}{'' if own else ', or split all for every row'}") from None
+
 # %% ../nbs/24_evaluation.ipynb #86afd6b5
 def embed_split(
     run: Run | str | Path | None = None,  # a run, its folder, a recipe's name, a model folder, or "phantom"; None: the newest run
@@ -128,7 +136,7 @@ def embed_split(
     run, folder = _model_of(run)
     pairs, name = (_other_pairs(run, source), source) if source else _own_pairs(run, folder)
     pool = {"source": name, "split": split, "split_hash": split_hash(pairs)}
-    rows = pairs if split == "all" and source else only_split(pairs, split, name)
+    rows = _rows_of(pairs, split, name, own=not source)
     encoder = load_model(folder)
     captions = hashlib.sha256(json.dumps([rows["image_id"][:], rows["captions"][:]]).encode()).hexdigest()[:16]
     key = {"split_hash": pool["split_hash"], "rows": captions, "model": fingerprint(encoder)}
