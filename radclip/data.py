@@ -199,16 +199,28 @@ def _audit_captions(pairs, splits, tokenizer, out):
     out.with_concepts = sum(bool(c) for c in pairs["concepts"][:])
     out.straddling["captions"] = _spread(_partners(plain, splits), splits)
 
+# %% ../nbs/10_data.ipynb #635aa598
+def _straddle_lines(a):
+    "What lies in two splits, and what can't be known because groups or splits are not given."
+    if not a.groups_given: yield ("groups: each image is taken as its own patient (no group column was found); "
+                                  "if patients have several images, let a recipe name the column that tells them apart, as in data.columns: {group: case_id}")
+    if not a.split_given:
+        shares = "/".join(f"{100 * share:.0f}" for share in FRACTIONS.values())
+        yield f"splits: nothing is split yet, all images lie in train; a recipe splits them {shares} by group, and `radclip data RECIPE` audits the result"
+        return
+    yield "straddling (images of one split with a partner in another):"
+    for what, spread in a.straddling.items():
+        found = [f"{a.share(what, own, other):.1%} of {own} ({spread[own][other]:,}) in {other}"
+                 for own, other in (("test", "train"), ("validation", "train"), ("test", "validation")) if other in spread.get(own, {})]
+        unknown = what == "groups" and not a.groups_given
+        yield f"  {what.replace('_', ' '):<16} {'not known' if unknown else '; '.join(found) or 'none'}"
+
 # %% ../nbs/10_data.ipynb #8f0d248b
 def _audit_lines(a):
     "The audit as lines of text."
     yield f"{a.source or 'pairs'}: {sum(s['images'] for s in a.splits.values()):,} images (split hash {a.split_hash})"
     for split, s in a.splits.items(): yield f"  {split:<10} {s['images']:>7,} images  {s['groups']:>7,} groups  {s['captions']:>7,} captions"
-    yield "straddling (images of one split with a partner in another):"
-    for what, spread in a.straddling.items():
-        found = [f"{a.share(what, own, other):.1%} of {own} ({spread[own][other]:,}) in {other}"
-                 for own, other in (("test", "train"), ("validation", "train"), ("test", "validation")) if other in spread.get(own, {})]
-        yield f"  {what.replace('_', ' '):<16} {'; '.join(found) or 'none'}"
+    yield from _straddle_lines(a)
     c = a.captions; w = c["words"]
     yield f"captions: {c['count']:,}, {c['distinct']:,} distinct, {w['mean']:.1f} words on average (95 % up to {w['p95']:.0f}, longest {w['max']}); {c['with_side']:.1%} name a side"
     if t := c.get("tokens"): yield f"tokens: {t['mean']:.1f} on average, longest {t['max']}; {t['truncated']:.1%} of the captions are longer than the {t['room']} there is room for"
@@ -224,6 +236,8 @@ class Audit:
     "What `audit` found; `str()` is a page to read, `to_dict()` fits in JSON."
     source: str = ""
     split_hash: str = ""  # who is where
+    groups_given: bool = True  # False: every image is its own group, as if each were another patient
+    split_given: bool = True  # False: all images lie in train, as where nothing has been split yet
     splits: dict = field(default_factory=dict)  # split → {images, groups, captions}
     straddling: dict = field(default_factory=dict)  # what → {split: {other split: images of the first with a partner in the second}}
     captions: dict = field(default_factory=dict)  # counts, lengths, share with a side, share truncated
@@ -262,7 +276,8 @@ def audit(pairs_or_source, # pairs table (also one without images), or a source
     pairs, source = _pairs_of(pairs_or_source, skipped)
     splits, groups, counts = pairs["split"][:], pairs["group"][:], [len(c) for c in pairs["captions"][:]]
     check_ids(pairs)
-    out = Audit(source=source, split_hash=split_hash(pairs), skipped=skipped)
+    out = Audit(source=source, split_hash=split_hash(pairs), skipped=skipped,
+                groups_given=not groups or groups != pairs["image_id"][:], split_given=set(splits) != {"train"})
     for split in (s for s in SPLITS if s in splits):
         rows = [i for i, s in enumerate(splits) if s == split]
         out.splits[split] = dict(images=len(rows), groups=len({groups[i] for i in rows}), captions=sum(counts[i] for i in rows))

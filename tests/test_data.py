@@ -53,6 +53,30 @@ def test_bad_rows_are_counted_and_listed(folder):
     assert audit(f"jsonl:{folder}").skipped == skipped
 
 
+def test_missing_groups_and_splits_are_said_and_not_taken_for_clean():
+    n = 8
+    bare = table(None, ["train"] * n, groups=[f"i{k}" for k in range(n)])
+    found = audit(bare); page = str(found)
+    assert not found.groups_given and not found.split_given and found.to_dict()["groups_given"] is found.to_dict()["split_given"] is False
+    assert "each image is taken as its own patient (no group column was found)" in page and "data.columns: {group: case_id}" in page
+    assert "nothing is split yet" in page and "70/15/15 by group" in page and "none" not in page
+    named = audit(table(None, ["train"] * n)); page = str(named)  # its groups are not the image_ids
+    assert named.groups_given and not named.split_given and "own patient" not in page and "nothing is split yet" in page
+    split = audit(table(None, ["train", "test"] * 4, groups=[f"i{k}" for k in range(n)])); page = str(split)
+    assert not split.groups_given and split.split_given and "nothing is split" not in page
+    assert [line.split()[1:] for line in page.splitlines() if line.startswith("  groups ")] == [["not", "known"]]
+    both = str(audit(table(None, ["train", "test"] * 4)))
+    assert "own patient" not in both and "nothing is split" not in both and [line.split() for line in both.splitlines() if line.startswith("  groups ")] == [["groups", "none"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*rows left out")
+def test_a_source_without_a_group_column_is_audited_as_such(folder):
+    assert not audit(f"jsonl:{folder}").groups_given and audit(f"jsonl:{folder}").split_given
+    assert audit(prepare_pairs(DataConfig(source=f"jsonl:{folder}", columns={"group": "case_id"}))).groups_given
+    with_groups = audit("phantom:40", images=False)
+    assert with_groups.groups_given and with_groups.split_given
+
+
 @pytest.mark.filterwarnings("ignore:.*rows left out")
 def test_columns_are_mapped_and_mistyped_ones_named(folder):
     pairs = load_pairs(f"jsonl:{folder}", "dev", columns={"group": "case_id"})
