@@ -251,7 +251,6 @@ def write_row(book, # of this run
         book.metrics = MetricsFile(book.run.folder / "metrics.csv", columns, engine.step - 1 if row else None)
     place = dict(step=engine.step, epoch=engine.step / max(1, engine.steps_per_epoch), seconds=book.seconds)
     book.metrics.add(place | row | {f"val_{name}": value for name, value in figures.items()})
-    if "loss" in row: book.losses.append(row["loss"])
     if book.monitor in figures: book.shown = f"{book.monitor} {figures[book.monitor]:.3f}"
     if row: book.bar.set_postfix_str(f"loss {row['loss']:.3f} {book.shown}", refresh=False)
     book.bar.update(engine.step - book.bar.n)
@@ -283,6 +282,7 @@ class Keeper(L.Callback):
     def on_train_batch_end(self, trainer, engine, outputs, batch, i):
         if engine.losses: return  # gradients are still being added up
         config, book = engine.config, self.book
+        book.losses.append(engine.row["loss"])  # before a validation, whose line of the log has the mean of the epoch
         late = config.max_minutes is not None and book.seconds > 60 * config.max_minutes
         check = late or engine.step == engine.total or engine.step % (engine.steps_per_epoch * config.validate_every) == 0
         write_row(book, book.validate() if check else {})

@@ -247,6 +247,29 @@ def test_a_model_that_learns_nothing_is_told(tmp_path):
     assert "sits at ln(batch) = 2.773" in (run.folder / "log.txt").read_text()
 
 
+def test_every_validation_but_the_first_says_the_mean_loss_of_its_epoch(tmp_path):
+    "One step an epoch too: there the loss is not yet in metrics.csv when the line is written."
+    for size, steps in ((64, 1), (16, 5)):
+        run = fit(tiny(epochs=3, batch_size=size), out=tmp_path, quiet=True)
+        lines = [line.split(" · ") for line in (run.folder / "log.txt").read_text().splitlines() if " · " in line]
+        lost = losses(run)
+        assert len(lost) == 3 * steps and lines[0][1] == "untrained"
+        means = [sum(lost[s] for s in range(k - steps + 1, k + 1)) / steps for k in (steps, 2 * steps, 3 * steps)]
+        assert [float(line[1].removeprefix("loss ")) for line in lines[1:]] == pytest.approx(means, abs=1e-4)
+
+
+def test_a_resumed_run_never_calls_a_trained_model_untrained(tmp_path, monkeypatch):
+    save = training.Book.save
+    def save_and_stop(book):
+        save(book)
+        if book.engine.step == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(training.Book, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt): fit(tiny(batch_size=64), out=tmp_path, quiet=True)
+    monkeypatch.setattr(training.Book, "save", save)
+    run = fit(tiny(batch_size=64), out=tmp_path, resume=True, quiet=True)
+    assert (run.folder / "log.txt").read_text().count("untrained") == 1
+
+
 def test_learning_rate_goes_up_and_down():
     rates = [rate_factor(s, 100, 0.1) for s in range(100)]
     assert max(rates) == pytest.approx(1, abs=0.01) and rates[0] < 0.2 and rates[-1] < 0.01
