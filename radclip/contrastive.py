@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCHNORM_WARNING', 'TrainPairs', 'read_negatives', 'PairBatches', 'padding_id', 'encode_by_length', 'TwoTowers',
-           'matching', 'loss_of', 'flat_figures', 'ContrastiveTask', 'fingerprint_of', 'store_images', 'store_texts',
-           'store_frozen', 'build_contrastive']
+           'matching', 'loss_of', 'flat_figures', 'ContrastiveTask', 'few_to_validate', 'fingerprint_of',
+           'store_images', 'store_texts', 'store_frozen', 'build_contrastive']
 
 # %% ../nbs/22_contrastive.ipynb #b3024445
 import hashlib, math, os, shutil
@@ -218,6 +218,7 @@ class ContrastiveTask(TwoTowers):
         "Called once before training, with the model on its device: frozen towers are encoded."
         self.train_mode()
         if self.config.micro_batch and _batchnorm_trains(self.model): say(BATCHNORM_WARNING)
+        if few := few_to_validate(len(data.validation or ())): say(few)
         store_frozen(self, data, device, say, progress)
 
     def backward(self, batch, backward):
@@ -254,6 +255,15 @@ def _batchnorm_trains(model):
 def _trains(model, side):
     "Whether anything of a tower trains."
     return any(p.requires_grad for name, p in model.named_parameters() if name not in ("logit_scale", "logit_bias") and name.startswith("visual") == (side == "image"))
+
+# %% ../nbs/22_contrastive.ipynb #6be0a05b
+def few_to_validate(n:int, # images to validate on
+                    batch:int=32, # images that recall is measured among
+                   ) -> str: # what to say of so few; empty where there are enough
+    "A warning where recall among the validation images means next to nothing."
+    if n == 0 or n >= batch: return ""
+    return (f"validation has only {n} image{'s' * (n > 1)}, less than one batch of {batch}: guessing alone finds 1 in {n}, "
+            "so recall means little and the best epoch is picked nearly by chance; more validation pairs would tell")
 
 # %% ../nbs/22_contrastive.ipynb #227c9dee
 def fingerprint_of(*parts): # tensors, and anything with a repr

@@ -270,6 +270,15 @@ def test_a_resumed_run_never_calls_a_trained_model_untrained(tmp_path, monkeypat
     assert (run.folder / "log.txt").read_text().count("untrained") == 1
 
 
+def test_a_validation_of_a_few_images_is_told(tmp_path):
+    few = tiny(epochs=1)
+    few.data.official, few.data.sizes = False, dict(train=64, validation=3)
+    assert "validation has only 3 images, less than one batch of 32: guessing alone finds 1 in 3" in (fit(few, out=tmp_path, quiet=True).folder / "log.txt").read_text()
+    enough = tiny(epochs=1)
+    enough.data.official, enough.data.sizes = False, dict(train=64, validation=32)
+    assert "validation has only" not in (fit(enough, out=tmp_path, quiet=True).folder / "log.txt").read_text()
+
+
 def test_learning_rate_goes_up_and_down():
     rates = [rate_factor(s, 100, 0.1) for s in range(100)]
     assert max(rates) == pytest.approx(1, abs=0.01) and rates[0] < 0.2 and rates[-1] < 0.01
