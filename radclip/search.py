@@ -58,7 +58,8 @@ def match_column(
             raise ValueError(f"{one!r} is no value for column {name!r}, which holds {known.type}") from None
         if not pc.is_in(chosen[-1], value_set=known).as_py():
             values = known.drop_null().to_pylist()[:10_000]
-            raise ValueError(f"no row has {name} = {one!r}{nearest(one, values)}; there are {', '.join(map(str, values[:8]))}")
+            present = ", ".join(str(value).strip() or "(empty)" for value in values[:8]) or "no values at all"
+            raise ValueError(f"no row has {name} = {one!r}{nearest(one, values)}; there are {present}")
     hit = np.asarray(pc.is_in(values, value_set=pa.array([one.as_py() for one in chosen], known.type)))
     return hit if rows is None else np.isin(np.arange(len(column)), rows[hit])
 

@@ -97,6 +97,14 @@ def test_a_mistyped_filter_is_one_line(index, filters, words):
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_value_is_named_among_those_present():
+    import pyarrow as pa
+    table = pa.table({"view": ["", "frontal", "", "lateral"], "sex": pa.array([None] * 4, pa.string())})
+    with pytest.raises(ValueError, match=r"no row has view = 'oblique'; there are \(empty\), frontal, lateral$"): matching_rows(table, {"view": "oblique"})
+    with pytest.raises(ValueError, match="there are no values at all"): matching_rows(table, {"sex": "woman"})
+    assert matching_rows(table, {"view": ""}).tolist() == [0, 2]
+
+
 def test_text_to_images_equals_brute_force(index, encoder, pairs):
     images = encode_images(encoder, pairs).numpy()
     queries = ["finding 3", "detail 17"]
