@@ -251,7 +251,9 @@ def search(
     as_json: AsJson = False, # print JSON
 ):
     "Search an index by words or by picture."
-    if (text is None) == (image is None): raise ValueError(f"search for words or for a picture: radclip search {folder} \"left pleural effusion\" or --image FILE")
+    how = f"radclip search {shlex.quote(folder)} \"left pleural effusion\", or --image FILE in place of the words"
+    if text is None and image is None: raise ValueError(f"nothing to search for: {how}")
+    if text is not None and image is not None: raise ValueError(f"both TEXT and --image are given, give one of the two: {how}")
     opened = readable_image(image) if image else None
     with answers_only():
         from radclip.search import SearchIndex

@@ -122,8 +122,10 @@ def as_queries(
     image,  # a PIL image, a path, or a list of either
 ) -> tuple[list, bool]:  # the queries, and whether it was a single one
     "Put one query or several into a list. Raises ValueError for none, both, or an empty text."
-    if (text is None) == (image is None):
-        raise ValueError("ask by text or by image: exactly one of the two")
+    if text is None and image is None:
+        raise ValueError("there is nothing to search for: give a text or an image")
+    if text is not None and image is not None:
+        raise ValueError("both a text and an image are given: give one of the two")
     given = image if text is None else text
     single = not isinstance(given, (list, tuple))
     queries = [given] if single else list(given)

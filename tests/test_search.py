@@ -151,7 +151,7 @@ def test_k_larger_than_the_pool(index):
 
 @pytest.mark.parametrize("asked, words", [
     ({"text": ""}, "query is empty"), ({"text": "  \n"}, "query is empty"), ({"text": []}, "query is empty"),
-    ({"text": ["finding", " "]}, "query is empty"), ({}, "exactly one"), ({"text": "a", "image": "b.png"}, "exactly one"),
+    ({"text": ["finding", " "]}, "query is empty"), ({}, "nothing to search for"), ({"text": "a", "image": "b.png"}, "give one of the two"),
     ({"text": "a", "k": 0}, "k is 0"), ({"text": "a", "to": "reports"}, "images or texts"), ({"image": []}, "query is empty"),
 ])
 def test_questions_that_make_no_sense(index, asked, words):
