@@ -375,11 +375,12 @@ def concepts(
 # %% ../nbs/00_findings.ipynb #5d5fb4fd
 def fact_key(
     p: Picture,
-) -> str:  # equal for two pictures that nobody could tell apart by their captions
-    "All that a caption says of a picture, in one canonical string."
+) -> str:  # the same for two pictures of which captions state the same facts
+    "The facts that a caption states in any wording (kind, technique, findings, side, zone, size, mark), as one string to compare pictures by."
     said = []
     for f in p.findings:
         entry = _named(f.name)
+        # a size that some wordings leave out is no fact to count on
         sized = all("{size}" in s or "{degree}" in s for s in entry["in"][p.kind].get("say", entry["say"]))
         said.append(f"{f.name}/{side_in(f, p.kind)}/{f.zone}/{f.size if sized else ''}")
     return "|".join([p.kind, *p.facts.values(), *sorted(said), f"{p.mark}:{p.findings[0].name if p.mark else ''}"])
