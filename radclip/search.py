@@ -227,7 +227,7 @@ def show_hits(
 
     panels = [(query, "query", "")] if query is not None else []
     panels += [(hit.thumbnail(), f"{hit.rank}.  {hit.score:.3f}", hit.text or hit.captions[0]) for hit in hits]
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.75 * len(panels), 2.7), dpi=90, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.75 * len(panels), 2.7), dpi=84, squeeze=False, layout="constrained")
     for axis, (image, head, words) in zip(axes[0], panels):
         axis.imshow(image, cmap="gray")
         axis.set_title(head, fontsize=8)
