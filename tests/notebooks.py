@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 MAX_BYTES = 1_500_000
+MAX_FIGURE = 150_000
 # a folder of the machine that ran the notebook; /tmp/ alone is the name every machine has
 LOCAL_PATH = re.compile(r"(?:(?:/(?:home|root|work|Users|tmp|private|var/folders|opt)/)|(?:[A-Z]:\\\\Users\\\\))\w")
 NOISE = re.compile(r"\b\w*Warning:|\[A\x1b|it/s\]|s/it\]|\d+%\|")
@@ -170,6 +171,9 @@ def cell_faults(cell):
     "What is wrong with one cell's stored outputs."
     for out in cell.get("outputs", []):
         shown = json.dumps({k: v for k, v in out.get("data", {}).items() if not k.startswith("image/")}) + "".join(out.get("text", []))
+        for kind, picture in out.get("data", {}).items():
+            size = len(base64.b64decode("".join(picture))) if kind in ("image/png", "image/jpeg") else 0
+            if size > MAX_FIGURE: yield f"a figure of {size / 1e3:.0f} kB, more than {MAX_FIGURE / 1e3:.0f} (smaller dpi, or JPEG for photographs)"
         if out["output_type"] == "error": yield f"an error in its output ({out['ename']})"
         if out.get("name") == "stderr": yield "something on stderr in its output"
         if m := LOCAL_PATH.search(shown): yield f"a local path in its output ({shown[m.start():m.start() + 40]!r})"

@@ -270,6 +270,8 @@ def planted(tmp_path, monkeypatch, **change):
     ({"output": {"text": ["saved to /tmp/tmpabc123/run\n"]}}, "local path"),
     ({"output": {"name": "stderr"}}, "stderr"),
     ({"output": {"text": ["x.py:3: UserWarning: old\n"]}}, "warning"),
+    ({"output": {"output_type": "display_data", "data": {"image/png": "A" * 200_004}}}, "a figure of 150 kB"),
+    ({"output": {"output_type": "display_data", "data": {"image/png": "A" * 200_000}}}, None),
     ({"output": {"text": ["100%|#####| 3/3 [00:00<00:00, 99it/s]\n"]}}, "progress bar"),
 ])
 def test_checker_finds_a_planted_fault(tmp_path, monkeypatch, change, said):
