@@ -8,6 +8,7 @@ __all__ = ['BLOCK', 'PROJECTION', 'TOP', 'Fraction', 'Choice', 'Trunk', 'Place',
 
 # %% ../nbs/19_freezing.ipynb #7e9c84c5
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,11 +52,16 @@ def place(name: str,  # a parameter's name, as `named_parameters` gives it
     return Place(side, "stem")
 
 # %% ../nbs/19_freezing.ipynb #25d66065
+def _blocks(model: torch.nn.Module, side: str) -> list[tuple[int, ...]]:
+    "The tower's blocks in order; none for a bag of words."
+    return sorted({p.block for p in (place(n) for n, _ in model.named_parameters()) if p.side == side and p.part == "block"})
+
+
 def blocks_of(model: torch.nn.Module,  # an open_clip model
               side: str,               # "image" or "text"
               ) -> list[tuple[int, ...]]:  # the blocks from input to output
     "The tower's blocks in order. Raises ValueError where the names show none."
-    found = sorted({p.block for p in (place(n) for n, _ in model.named_parameters()) if p.side == side and p.part == "block"})
+    found = _blocks(model, side)
     if not found:
         raise ValueError(f"the {side} tower's parameter names show no blocks: freeze 'all' or 'projection', not a fraction")
     return found
@@ -183,7 +189,7 @@ def _depths(model: torch.nn.Module) -> dict[str, int]:
     "How many steps each parameter lies below the top: 0 for the projections, 1 for the last block, most for the stem."
     depths = {}
     for side in ("image", "text"):
-        order = {block: i for i, block in enumerate(blocks_of(model, side))}
+        order = {block: i for i, block in enumerate(_blocks(model, side))}
         for name, _ in model.named_parameters():
             where = place(name)
             if where.side == side and where.part in ("stem", "block"):
@@ -245,7 +251,8 @@ def frozen_trunk(model: torch.nn.Module,  # an open_clip model, frozen in part
         return None
     tower = model.visual if side == "image" else getattr(model, "text", model)
     if hasattr(tower, "trunk"):
-        split = _split_timm(tower, start, len(blocks_of(model, side)))
+        blocks = _blocks(model, side)
+        split = _split_timm(tower, blocks[start] if start < len(blocks) else None)
     elif hasattr(tower, "resblocks") or hasattr(getattr(tower, "transformer", None), "resblocks"):
         split = (_split_vit if side == "image" else _split_text)(tower, start)
     else:
@@ -258,7 +265,7 @@ def _first_trained(model: torch.nn.Module, side: str) -> int | None:
     inside = [(place(n), p.requires_grad) for n, p in model.named_parameters() if place(n).side == side]
     if any(trains for where, trains in inside if where.part == "stem"):
         return None
-    blocks = blocks_of(model, side)
+    blocks = _blocks(model, side)
     training = [blocks.index(where.block) for where, trains in inside if where.part == "block" and trains]
     return min(training, default=len(blocks))
 
@@ -277,11 +284,67 @@ def _without_gradients(tower: torch.nn.Module, run: Callable) -> Callable:
 
     return trunk
 
-# %% ../nbs/19_freezing.ipynb #69b14bae
-def _split_timm(tower: torch.nn.Module, start: int, blocks: int) -> Trunk | None:
-    "timm: the whole trunk, or nothing."
-    frozen = not any(p.requires_grad for p in tower.trunk.parameters())
-    return (tower.trunk, tower.head) if frozen and start == blocks else None
+# %% ../nbs/19_freezing.ipynb #71651d26
+class _Reached(Exception):
+    "Carries what a block is given, and ends the forward pass there."
+
+
+def _block_at(tower: torch.nn.Module, block: tuple[int, ...]) -> torch.nn.Module:
+    "The module of a block, found by the names of its parameters."
+    for name, _ in tower.named_parameters():
+        found = BLOCK.search(f"visual.{name}")
+        if found and place(f"visual.{name}").block == block:
+            return tower.get_submodule(f"visual.{name}"[:found.end()].removeprefix("visual.").rstrip("."))
+
+
+@contextmanager
+def _given(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    "Let a module see `change(x)` in place of its first argument x."
+    hook = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+# %% ../nbs/19_freezing.ipynb #6d05f641
+def _split_timm(tower: torch.nn.Module,  # open_clip's TimmModel
+                block: tuple[int, ...] | None,  # first block that trains; None: no block does
+                ) -> Trunk | None:
+    "timm: the whole trunk if nothing of it trains; else up to that block, wherever the blocks run one after the other."
+    if not any(p.requires_grad for p in tower.trunk.parameters()):
+        return tower.trunk, tower.head
+    if block is None:  # something after the blocks trains alone
+        return None
+    module, size = _block_at(tower, block), (1, 3, *tower.image_size)
+
+    def trunk(x):
+        def stop(inner):
+            raise _Reached(inner)
+        try:
+            with _given(module, stop):
+                tower(x)
+        except _Reached as reached:
+            return reached.args[0]
+
+    def head(x):
+        # what comes before the block runs on one empty image, for nothing: timm has no other way in
+        with _given(module, lambda _: x):
+            return tower(x.new_zeros(size))
+
+    return (trunk, head) if _agrees(tower, trunk, head, size) else None
+
+# %% ../nbs/19_freezing.ipynb #18226789
+@torch.no_grad()
+def _agrees(tower: torch.nn.Module, trunk: Callable, head: Callable, size: tuple[int, ...]) -> bool:
+    "Whether the two halves make the whole; they do not where a later block also looks at an earlier one."
+    modes = {module: module.training for module in tower.modules()}
+    x = torch.linspace(-1, 1, 2 * math.prod(size), device=next(tower.parameters()).device).view(2, *size[1:])
+    tower.eval()
+    try:
+        return torch.allclose(head(trunk(x)), tower(x), rtol=1e-4, atol=1e-5)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 # %% ../nbs/19_freezing.ipynb #be2f4f9f
 def _split_vit(tower: torch.nn.Module, start: int) -> Trunk | None:

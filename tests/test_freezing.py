@@ -75,8 +75,7 @@ def test_head_of_trunk_equals_the_towers_own_features(case, setting):
         choice = setting.get("last", setting.get(side, "none"))
         split = frozen_trunk(model, side)
         if split is None:
-            assert choice == "none" or (isinstance(choice, float) and side == "image" and hasattr(model.visual, "trunk")) \
-                or (side == "image" and kind == "resnet-clip")
+            assert choice == "none" or (side == "image" and kind == "resnet-clip")
             continue
         trunk, head = split
         stored = trunk(x)
@@ -101,6 +100,32 @@ def test_a_stored_trunk_gives_the_same_gradients(case):
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and grads[0]
     assert all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-4, atol=1e-6) for n in grads[0])
+
+
+@pytest.mark.parametrize("kind", ["phantom", "resnet-bert", "mobilenet", "timm-vit"])
+def test_a_stored_part_of_a_timm_trunk_gives_the_same_gradients(kind):
+    model = MAKE[kind]()
+    size = model.visual.image_size
+    images = torch.randn(3, 3, *size)
+    train_mode(freeze(model, {"image": 0.4}))
+    trunk, head = frozen_trunk(model, "image")
+    stored, grads = trunk(images), []
+    assert stored.shape != head(stored).shape and any(p.requires_grad for p in model.visual.trunk.parameters())
+    for features in (lambda: model.encode_image(images), lambda: head(stored)):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)  # the same dropout
+        features().square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    assert all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-3, atol=1e-5) for n in grads[0])
+
+
+def test_a_trunk_whose_last_block_looks_back_past_the_first_trained_one_is_not_split():
+    model = MAKE["resnet-bert"]()
+    inner = model.visual.trunk.forward_features
+    model.visual.trunk.forward_features = lambda x: inner(x) + x.mean()
+    freeze(model, {"image": 0.3})
+    assert frozen_trunk(model, "image") is None
 
 
 def test_last_third_of_twelve_blocks_is_four_with_norm_and_projection():
@@ -229,3 +254,20 @@ def test_interpolation_refuses_different_architectures():
 def test_table_prints_ranges_of_blocks():
     text = str(trainable_table(freeze(vit(), {"last": 0.3})))
     assert "image blocks 0-3" in text and "image blocks 4-5" in text and "total" in text
+
+
+def test_layer_decay_of_a_bag_of_words_beside_a_deep_tower():
+    model = build_model({**TIMM, "image_tower": "mobilenetv2_035", "text_pool": "mean", "text_layers": 0}, CAPTIONS).model
+    rates = {id(p): group["lr"] for group in parameter_groups(freeze(model), 1.0, 0.1, layer_decay=0.5) for p in group["params"]}
+    of = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert of["text.proj.weight"] == of["visual.head.proj.weight"] == 1 and of["visual.trunk.blocks.6.0.conv_pw.weight"] == 0.5
+    assert of["text.transformer.embeddings.word_embeddings.weight"] == 0.5
+
+
+def test_a_frozen_bag_of_words_is_stored_whole():
+    model = build_model({**TIMM, "image_tower": "regnetx_002", "text_pool": "mean", "text_layers": 0}, CAPTIONS).model.eval()
+    freeze(model, {"image": "projection", "text": "projection"})
+    images, tokens = torch.randn(2, 3, 64, 64), torch.randint(1, 9, (2, 12))
+    for side, x, encode in (("image", images, model.encode_image), ("text", tokens, model.encode_text)):
+        trunk, head = frozen_trunk(model, side)
+        assert trunk(x).ndim == 2 and torch.equal(head(trunk(x)), encode(x))
