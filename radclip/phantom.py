@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from .anatomy import Frame, Sheet, anatomy, frame_of
 from .atlas import _banks, soft
-from .findings import (Finding, Picture, caption, concepts, outlines, phantom_concepts, pictures, report, shape,
+from .findings import (Finding, Picture, caption, concepts, outlines, phantom_concepts, pictures, report, shape, short_caption,
                               side_in, split_of, vocabulary)
 from .lesions import paint, painter_of
 
@@ -173,7 +173,7 @@ def _features():
     text = Value("string")
     return Features({"image": Image(), "captions": List(text), "image_id": text, "group": text, "split": text, "concepts": List(text), "view": text,
                      "boxes": List({"cui": text, "finding": text, "side": text, "box": List(Value("float32"))}),
-                     "study": text, "modality": text, "report_findings": text, "report_impression": text, "age": Value("int32"), "sex": text})
+                     "study": text, "modality": text, "report_findings": text, "report_impression": text, "short_caption": text, "age": Value("int32"), "sex": text})
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -202,6 +202,7 @@ def _rows(truths: list[Picture], reports: dict, seed: int, size: int) -> dict[st
             "boxes": [boxes(p) for p in truths], "study": [p.study for p in truths],
             "modality": [kinds[p.kind]["modality"]["name"] for p in truths],
             "report_findings": [f for f, _ in said], "report_impression": [i for _, i in said],
+            "short_caption": [short_caption(p) for p in truths],
             "age": [a for a, _ in people], "sex": [s for _, s in people]}
 
 # %% ../nbs/04_phantom.ipynb #44f7ad7a

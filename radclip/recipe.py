@@ -11,7 +11,7 @@ __all__ = ['PARTS', 'TrainConfig', 'StandIn', 'Recipe', 'recipe_folder', 'list_r
 import difflib, json, os, re, threading, time
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -47,6 +47,7 @@ class TrainConfig(BaseModel):
     freeze: FreezeConfig = FreezeConfig()         # what stays as it is
     cache_frozen: bool = True                     # encode a frozen tower once
     views: int = Field(4, ge=1)                   # augmented views of an image that are kept for a frozen image tower
+    also: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}  # column of texts → how often one of it takes the caption's place
     negatives: str | None = None                  # parquet of mined negatives: image_id, negatives
     negatives_per_image: int = Field(1, ge=1)     # captions of them that join each batch, per image
     ema: float | None = Field(None, gt=0, lt=1)   # decay of the running average of the weights that is validated and kept

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from radclip.findings import (SCALE, Dice, absent, caption, concepts, fact_key, outlines, patient_pictures,
-                              phantom_concepts, phrase, pictures, recall_ceiling, report, shape, side_in, split_of, vocabulary)
+                              phantom_concepts, phrase, pictures, recall_ceiling, report, shape, short_caption, side_in, split_of, vocabulary)
 
 POOL = 8176
 
@@ -164,6 +164,25 @@ def test_sides_zones_and_sizes_agree_with_the_truth(truths):
 def test_a_lateral_view_names_no_side(truths, captions):
     lateral = [affirmed(c) for p, c in zip(truths, captions) if p.kind == "chest_lateral"]
     assert len(lateral) > 200 and not any(re.search(r"\b(left|right|bilateral)", c) for c in lateral)
+
+
+def test_short_captions_are_true(truths):
+    "Each names a term of a finding that is there, or says no to one that is not; and its own kind of picture."
+    terms = {t.lower(): f["cui"] for f in vocabulary()["findings"] for t in f["terms"]}
+    views = {k: [v.split("{")[0].strip().lower() for v in kind["short"]] for k, kind in vocabulary()["kinds"].items()}
+    for p in truths[:3000]:
+        text, there = short_caption(p).lower(), {f.cui for f in p.findings}
+        assert short_caption(p) == short_caption(p) and "{" not in text and len(text) < 150
+        denied = re.search(r"(?:^no|without) (.+)$", text)
+        if denied and denied[1] in terms:
+            assert terms[denied[1]] not in there, text
+            text = text[:denied.start()]
+        named = {terms[t] for t in terms if re.search(rf"\b{re.escape(t)}\b", text)}
+        assert not named or named & there, (text, p.findings)
+        sides = {word for word in ("left", "right") if re.search(rf"\b{word}\b", text)}
+        assert sides <= {side_in(f, p.kind) for f in p.findings}, text
+        others = [v for kind, said in views.items() if kind.split("_")[0] != p.kind.split("_")[0] for v in said if len(v.split()) > 1]
+        assert not any(v in text for v in others if not any(v in own for own in views[p.kind])), text
 
 
 def test_outlines_lie_within_reach_and_findings_do_not_hide_each_other(truths):

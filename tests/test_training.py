@@ -211,12 +211,12 @@ def test_a_handful_of_pairs_is_learnt_by_heart(tmp_path):
     assert losses(fit(recipe, out=tmp_path, quiet=True))[150] < 0.1
 
 
-@pytest.mark.parametrize("freeze", [dict(image="projection"), dict(text="projection"), dict(image="all", text="projection")])
+@pytest.mark.parametrize("freeze", [dict(image="projection"), dict(text="projection"), dict(image="all", text="projection"), dict(image=0.3)])
 def test_frozen_towers_encoded_once_give_the_same_losses(tmp_path, freeze):
     "Stored in 16 bits, so equal to three digits; with as many views as epochs the augmentation is the same too."
     make = lambda kept: fit(tiny(freeze=freeze, augment={}, views=2, cache_frozen=kept), out=tmp_path, quiet=True)
     stored, run = make(True), make(False)
-    assert "is frozen" in (stored.folder / "log.txt").read_text() and "is frozen" not in (run.folder / "log.txt").read_text()
+    assert "ran once" in (stored.folder / "log.txt").read_text() and "ran once" not in (run.folder / "log.txt").read_text()
     a, b = losses(stored), losses(run)
     assert a.keys() == b.keys() and all(math.isclose(a[s], b[s], rel_tol=5e-3) for s in a)
     first, again = (r.metrics()[0]["val_recall"] for r in (stored, run))
@@ -240,6 +240,33 @@ def test_mined_negatives_join_the_batch(tmp_path):
     with pytest.raises(ValueError, match="names none"):
         pq.write_table(pa.table({"image_id": ["x"], "negatives": [["y"]]}), tmp_path / "mined.parquet")
         build_contrastive(recipe, say=lambda line: None)
+
+
+def test_other_texts_take_the_place_of_some_captions_in_training_only():
+    recipe = tiny(n=300, also={"short_caption": 0.3, "report_impression": 0.2})
+    pairs = prepare_pairs(recipe.data)
+    rows = [i for i, split in enumerate(pairs["split"]) if split == "train"]
+    said = {name: [pairs[name][i] for i in rows] for name in ("captions", "short_caption", "report_impression")}
+    _, _, data = build_contrastive(recipe, say=lambda line: None)
+    seen, first = {"captions": 0, "short_caption": 0, "report_impression": 0}, []
+    for epoch in range(20):
+        for batch in data.loader(epoch):
+            for row, text in zip(batch["row"].tolist(), batch["text"].tolist()):
+                text = data.train.texts[text]
+                seen[next(name for name in seen if text in said[name][row])] += 1  # its own row's, whatever the column
+            assert torch.equal(batch["tokens"], data.train.tokens[batch["text"]])
+            first.append(batch["text"]) if epoch == 0 else None
+    shares = {name: count / sum(seen.values()) for name, count in seen.items()}
+    assert abs(shares["short_caption"] - 0.3) < 0.03 and abs(shares["report_impression"] - 0.2) < 0.03
+    assert all(torch.equal(a, b["text"]) for a, b in zip(first, data.loader(0)))  # seed, epoch and row decide
+    texts, _ = data.validation.all_texts()
+    assert {data.validation.texts[i] for i in texts.tolist()} == {c for c, s in zip(pairs["captions"], pairs["split"]) if s == "validation" for c in c}
+
+
+@pytest.mark.parametrize("also, why", [({"titel": 0.1}, "no column 'titel'"), ({"short_caption": 0.6, "modality": 0.5}, "more than 1")])
+def test_other_texts_that_are_not_there_or_too_many_are_refused(also, why):
+    with pytest.raises(ValueError, match=why):
+        build_contrastive(tiny(also=also), say=lambda line: None)
 
 
 def test_a_model_that_learns_nothing_is_told(tmp_path):
