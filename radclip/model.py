@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .folder import DualEncoder, as_encoder, assemble, load_model, write_json
 from .folder import fingerprint, save_model  # noqa: F401 (passed on, so that one import has all of a model)
+from .loading import eight_bit, read_image, try_image
 from .weights import (as_bert_config, clip_config, clip_preprocess, clip_weights, fetch, load_image_weights,
                              load_text_weights, needs_quick_gelu, open_clip_name, plain_checkpoint, pretrained_tokenizer)
 
@@ -233,23 +234,27 @@ def _evaluating(model: torch.nn.Module,             # its mode is put back after
 # %% ../nbs/15_model.ipynb #07f52b7c
 def _collect(total: int,        # rows
              batch_size: int,   # rows encoded at once
-             encode: Callable[[range], torch.Tensor],  # rows to raw features [B, D]
+             encode: Callable[[range], tuple[list, torch.Tensor]],  # rows to those that could be read, and raw features [B, D]
              progress: bool,    # show a bar
              what: str,         # "images" or "texts"
-             ) -> torch.Tensor:  # [N, D] float32, unit length
+             ) -> list[torch.Tensor]:  # [B, D] each, float32, unit length
     "Encode batch by batch. Raises ValueError as soon as an embedding is not finite."
     from tqdm.auto import tqdm
 
     parts = []
     for start in tqdm(range(0, total, batch_size), desc=f"encode {what}", disable=not progress):
-        rows = range(start, min(start + batch_size, total))
-        features = encode(rows).float()
+        rows, features = encode(range(start, min(start + batch_size, total)))
         bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"the embedding of {what} row {rows[bad[0]]} is not finite: the weights hold NaN (training "
                              "in pure fp16 does this) or the input does; retrieval figures from it would be meaningless")
-        parts.append(F.normalize(features, dim=1).cpu())
-    return torch.cat(parts) if parts else torch.empty(0, 0)
+        parts.append(F.normalize(features.float(), dim=1).cpu())
+    return parts
+
+
+def _joined(encoder: DualEncoder, parts: list[torch.Tensor]) -> torch.Tensor:
+    "The parts as one [N, D]; D also where N is 0."
+    return torch.cat([torch.empty(0, encoder.model.model_cfg["embed_dim"]), *parts])
 
 # %% ../nbs/15_model.ipynb #331d879b
 def _array_reader(pixels: torch.Tensor, cfg: dict) -> Callable[[range], torch.Tensor]:
@@ -266,29 +271,52 @@ def _array_reader(pixels: torch.Tensor, cfg: dict) -> Callable[[range], torch.Te
     return read
 
 # %% ../nbs/15_model.ipynb #a6d01474
-def _image_reader(encoder: DualEncoder, images: Any) -> tuple[int, Callable[[range], torch.Tensor]]:
-    "How many images there are, and a function from rows to [B, 3, H, W]: one for each form images come in."
+def _listed(images: Any) -> tuple[int, Callable[[int], Any], Callable[[int], str | None]]:
+    "How many images there are, and two functions of a row: its image, decoded, and its name."
     from PIL import Image
 
-    from radclip.loading import eight_bit
-
-    cfg = encoder.model.visual.preprocess_cfg
-
-    def one(image):
-        if isinstance(image, (str, Path)):
-            with Image.open(image) as opened:
-                return one(opened)
-        return encoder.preprocess(eight_bit(image))  # PIL would clip 12-bit radiographs to white
-
-    if hasattr(images, "to_float"):  # a PixelCache
-        return len(images.pixels), images.to_float
     if hasattr(images, "column_names"):  # the pairs table
-        table = images.select_columns(["image"])
-        return len(table), lambda rows: torch.stack([one(row["image"]) for row in table.select(rows)])
+        from datasets import Image as ImageFeature
+
+        stored = images.select_columns(["image"]).cast_column("image", ImageFeature(decode=False))
+        names = images["image_id"] if "image_id" in images.column_names else [None] * len(images)
+        return len(stored), lambda row: read_image(stored[row]["image"]), lambda row: names[row]
+    images = [images] if isinstance(images, (str, Path, Image.Image)) or not hasattr(images, "__iter__") else list(images)
+    for image in images:
+        if not isinstance(image, (str, Path, Image.Image)):
+            raise ValueError("images are a pairs table, PIL images, paths, a PixelCache, or an array uint8 [N, H, W, 3]; "
+                             f"here is a {type(image).__name__}")
+    paths = [None if isinstance(image, Image.Image) else str(image) for image in images]
+    return len(images), lambda row: read_image({"bytes": None, "path": paths[row]}) if paths[row] else images[row], lambda row: paths[row]
+
+
+def _readable(rows: range, whys: dict[int, str], name: Callable[[int], str | None], bad: dict[int, str] | None) -> list[int]:
+    "The rows without a reason against them; `bad` gets the others. Raises ValueError for the first of these where `bad` is None."
+    for row, why in whys.items():
+        if bad is None:
+            raise ValueError(f"image {row}{f' ({name(row)})' if name(row) else ''} can't be read: {why}")
+        bad[row] = why
+    return [row for row in rows if row not in whys]
+
+
+def _image_reader(encoder: DualEncoder, images: Any, bad: dict[int, str] | None) -> tuple[int, Callable[[range], tuple]]:
+    "How many images there are, and a function from rows to those that can be read and their [B, 3, H, W]."
     if hasattr(images, "dtype"):
-        return len(images), _array_reader(torch.as_tensor(images), cfg)
-    images = list(images)
-    return len(images), lambda rows: torch.stack([one(images[i]) for i in rows])
+        array = _array_reader(torch.as_tensor(images), encoder.model.visual.preprocess_cfg)
+        return len(images), lambda rows: (rows, array(rows))
+    if hasattr(images, "to_float"):  # a PixelCache
+        def cached(rows: range):
+            good = _readable(rows, {row: images.bad[row] for row in rows if row in images.bad}, lambda row: None, bad)
+            return good, images.to_float(good) if good else None
+        return len(images), cached
+    total, get, name = _listed(images)
+
+    def read(rows: range):
+        made = {row: try_image(lambda: encoder.preprocess(eight_bit(get(row)))) for row in rows}  # PIL would clip 12 bits to white
+        good = _readable(rows, {row: why for row, (_, why) in made.items() if why}, name, bad)
+        return good, torch.stack([made[row][0] for row in good]) if good else None
+
+    return total, read
 
 # %% ../nbs/15_model.ipynb #9b865afe
 def encode_images(encoder: DualEncoder,  # model, tokenizer, preprocess
@@ -296,11 +324,17 @@ def encode_images(encoder: DualEncoder,  # model, tokenizer, preprocess
                   batch_size: int = 64,  # images encoded at once
                   device: str | torch.device | None = None,  # None: where the model is
                   progress: bool = False,  # show a bar
+                  bad: dict[int, str] | None = None,  # gets row → why of images that can't be read, and these are left out
                   ) -> torch.Tensor:     # [N, D] float32 on the CPU, unit length
-    "Embed images, in eval mode whatever the model is in. Raises ValueError for wrong shapes and for NaN."
-    total, read = _image_reader(encoder, images)
+    "Embed images, in eval mode whatever the model is in. Raises ValueError for wrong shapes, NaN and, without `bad`, an unreadable image."
+    total, read = _image_reader(encoder, images, bad)
+
+    def encode(rows: range) -> tuple:
+        good, pixels = read(rows)
+        return good, encoder.model.encode_image(pixels.to(where)) if good else _joined(encoder, [])
+
     with _evaluating(encoder.model, device) as where:
-        return _collect(total, batch_size, lambda rows: encoder.model.encode_image(read(rows).to(where)), progress, "images")
+        return _joined(encoder, _collect(total, batch_size, encode, progress, "images"))
 
 # %% ../nbs/15_model.ipynb #9df282ed
 def encode_texts(encoder: DualEncoder,   # model, tokenizer, preprocess
@@ -310,10 +344,12 @@ def encode_texts(encoder: DualEncoder,   # model, tokenizer, preprocess
                  progress: bool = False,  # show a bar
                  ) -> torch.Tensor:      # [M, D] float32 on the CPU, unit length
     "Embed captions, in eval mode whatever the model is in. Raises ValueError for NaN."
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [texts] if isinstance(texts, str) or not hasattr(texts, "__iter__") else list(texts)
+    if wrong := [type(text).__name__ for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"texts are strings; here is a {wrong[0]}")
 
-    def encode(rows: range) -> torch.Tensor:
-        return encoder.model.encode_text(encoder.tokenizer(texts[rows.start:rows.stop]).to(where))
+    def encode(rows: range) -> tuple:
+        return rows, encoder.model.encode_text(encoder.tokenizer(texts[rows.start:rows.stop]).to(where))
 
     with _evaluating(encoder.model, device) as where:
-        return _collect(len(texts), batch_size, encode, progress, "texts")
+        return _joined(encoder, _collect(len(texts), batch_size, encode, progress, "texts"))

@@ -1,6 +1,7 @@
 """Building from a config, and encoding whatever form images come in."""
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,44 @@ def test_every_form_of_images_gives_the_same_embeddings(phantom, tmp_path):
         assert torch.allclose(encode_images(phantom, images), expected, atol=1e-5)
 
 
+def broken_table(folder):
+    "Five pictures of which the second is cut short and the fourth is not there."
+    from datasets import Dataset, Features, Image as ImageFeature, Value
+    paths = [folder / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths): Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+    paths[1].write_bytes(paths[1].read_bytes()[:500]), paths[3].unlink()
+    return paths, Dataset.from_dict({"image": [str(p) for p in paths], "image_id": list("abcde")},
+                                    features=Features({"image": ImageFeature(), "image_id": Value("string")}))
+
+
+def test_an_unreadable_image_is_named(phantom, tmp_path):
+    paths, table = broken_table(tmp_path)
+    with pytest.raises(ValueError, match=r"^image 1 \(b\) can't be read: OSError: .*truncated"): encode_images(phantom, table)
+    with pytest.raises(ValueError, match=rf"^image 1 \({re.escape(str(paths[1]))}\) can't be read: OSError"): encode_images(phantom, paths)
+    with pytest.raises(ValueError, match=rf"^image 0 \(.*\) can't be read: FileNotFoundError: no file {re.escape(str(paths[3]))}"): encode_images(phantom, [paths[3]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_unreadable_images_can_be_left_out(phantom, tmp_path, batch_size):
+    from radclip.loading import PixelCache
+    paths, table = broken_table(tmp_path)
+    expected = encode_images(phantom, table.select([0, 2, 4]))
+    with pytest.warns(UserWarning, match=r"2 of 5 .*row 1 \(b\)"): cache = PixelCache.build(table, phantom.preprocess, tmp_path / "cache")
+    for images in (table, paths, cache):
+        found = encode_images(phantom, images, batch_size=batch_size, bad=(bad := {}))
+        assert torch.allclose(found, expected, atol=1e-5) and list(bad) == [1, 3] and "truncated" in bad[1]
+    with pytest.raises(ValueError, match="image 1 can't be read: OSError"): encode_images(phantom, cache)  # its pixels are all zero
+    assert encode_images(phantom, table.select([1, 3]), batch_size=batch_size, bad={}).shape == (0, 128)
+
+
+def test_the_row_of_a_nan_counts_the_images_left_out(phantom, tmp_path):
+    _, table = broken_table(tmp_path)
+    steps = phantom.preprocess
+    shown = DualEncoder(phantom.model, phantom.tokenizer, lambda image: steps(image) + (float("nan") if image.getpixel((0, 0)) == nan else 0))
+    nan = table[2]["image"].getpixel((0, 0))
+    with pytest.raises(ValueError, match="images row 2 is not finite"): encode_images(shown, table, bad={})
+
+
 def test_the_pixel_cache_gives_what_the_pictures_give(phantom, tmp_path):
     from datasets import Dataset, Features, Image as ImageFeature
 
@@ -105,7 +144,25 @@ def test_nan_weights_are_named_instead_of_scored(phantom):
 
 def test_one_text_and_no_texts(phantom):
     assert torch.equal(encode_texts(phantom, "a stone"), encode_texts(phantom, ["a stone"]))
-    assert len(encode_texts(phantom, [])) == 0
+    assert encode_texts(phantom, []).shape == (0, 128)
+
+
+def test_one_image_and_no_images(phantom, tmp_path):
+    picture = Image.fromarray(pixels(phantom)[0])
+    picture.save(tmp_path / "a.png")
+    for one in (picture, tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.allclose(encode_images(phantom, one), encode_images(phantom, [picture]), atol=1e-5)
+    assert encode_images(phantom, []).shape == (0, 128)
+
+
+@pytest.mark.parametrize("images, kind", [(None, "NoneType"), (7, "int"), ([None], "NoneType"), ([np.zeros((128, 128), np.uint8)], "ndarray")])
+def test_what_is_no_image_is_refused_in_one_line(phantom, images, kind):
+    with pytest.raises(ValueError, match=rf"^images are a pairs table, PIL images, paths, .*; here is a {kind}$"): encode_images(phantom, images)
+
+
+@pytest.mark.parametrize("texts, kind", [(None, "NoneType"), (["a", None], "NoneType"), ([b"a"], "bytes")])
+def test_what_is_no_text_is_refused_in_one_line(phantom, texts, kind):
+    with pytest.raises(ValueError, match=f"^texts are strings; here is a {kind}$"): encode_texts(phantom, texts)
 
 
 # --- config ---------------------------------------------------------------------------------------------------------
