@@ -225,7 +225,8 @@ def index(
         rows = embed_split(found, source, split or ("all" if source else "test"), progress=sys.stderr.isatty())
         folder = Path(to) if to else Path(getattr(found, "folder", ".")) / "index"
         SearchIndex.build(found, rows.pairs, kind=kind, embeddings=(rows.image_emb, rows.text_emb), source=rows.pool["source"]).save(folder)
-    print(f"{shown(folder)}: {len(rows.pairs)} images of {rows.pool['source']}, split {rows.pool['split']}\n"
+    left_out = f"; {rows.pool['unreadable']} more can't be read" if rows.pool["unreadable"] else ""
+    print(f"{shown(folder)}: {len(rows.pairs)} images of {rows.pool['source']}, split {rows.pool['split']}{left_out}\n"
           f"search it with: radclip search {shlex.quote(shown(folder))} \"left pleural effusion\"")
 
 # %% ../nbs/31_cli.ipynb #7fcf9c16
