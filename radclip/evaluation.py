@@ -22,7 +22,6 @@ from .loading import image_key, leave_out, raw_images
 from .model import encode_images, encode_texts, fingerprint, load_model
 from .ranking import EvaluateConfig, pool_curve, retrieval_report
 from .recipe import Run, find_run, load_recipe, write_text
-from .sources import split_source
 from .splits import only_split, split_hash
 
 # %% ../nbs/24_evaluation.ipynb #6fbe4908
@@ -35,13 +34,10 @@ def _model_of(run):
 
 
 def _other_pairs(run, source):
-    "Pairs of another source; a mapping of columns that belongs to another layout is dropped where it does not fit."
-    columns = run.recipe.data.columns if run else {}
-    same_kind = run and split_source(source)[0] == split_source(run.recipe.data.source)[0]
-    try: return load_pairs(source, columns=columns)
-    except ValueError:
-        if same_kind or not columns: raise
-        return load_pairs(source)
+    "Pairs of another source; the recipe's mapping of columns is dropped where it does not fit."
+    if not run: return load_pairs(source)
+    own = run.recipe.data
+    return load_pairs(source, columns=own.columns, borrowed=own.source.partition(":")[0])
 
 
 def _own_pairs(run, folder):
@@ -145,9 +141,9 @@ def embed_split(
     split (listing those present) and for pairs that changed since training, FileNotFoundError where there is no run.
     """
     run, folder = _model_of(run)
-    pairs, name = (_other_pairs(run, source), source) if source else _own_pairs(run, folder)
+    pairs, name = _own_pairs(run, folder) if source is None else (_other_pairs(run, source), source)
     pool = {"source": name, "split": split, "split_hash": split_hash(pairs)}
-    rows = _rows_of(pairs, split, name, own=not source)
+    rows = _rows_of(pairs, split, name, own=source is None)
     encoder = load_model(folder)
     key = _key(rows, encoder, pool["split_hash"])
     file = run.folder / "embeddings" / f"{f'{source_slug(source)}-' if source else ''}{split}.safetensors" if run else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'CAPTION_NAMES', 'GUESSES', 'pairs_features', 'column_feature', 'as_list', 'read_boxes', 'standard_row',
            'Listing', 'merge_row', 'clean_rows', 'skip_summary', 'arrow_table', 'make_table', 'check_image',
-           'read_lines', 'nearest', 'need_columns', 'csv_records', 'read_csv', 'guess_columns']
+           'read_lines', 'nearest', 'need_columns', 'map_columns', 'csv_records', 'read_csv', 'guess_columns']
 
 # %% ../nbs/06_pairs.ipynb #d6bd5649
 import csv, difflib, io, json, os, re
@@ -203,6 +203,21 @@ def need_columns(present, # column names there are
         names = names if isinstance(names, tuple) else (names,)
         if not set(names) & set(present):
             raise ValueError(f"{where}: no column {names[0]!r}{nearest(names[0], present)}; it has {', '.join(map(str, present)) or 'none'}")
+
+
+def map_columns(columns:dict|None, # our column name → theirs
+                present, # column names there are
+                where, # file or source, for the message
+                usual=(), # our names that are found without a mapping
+                kind:str="", # kind of this source
+                borrowed:str|None=None, # kind of the source that the mapping was made for; None: this one
+               ): # the entries that fit
+    "Check a mapping of columns. Of one made for another source, what is absent here is dropped, if ours is there or the layout is another. Raises ValueError for the rest."
+    columns = columns or {}
+    if borrowed is not None: columns = {ours: theirs for ours, theirs in columns.items() if theirs in present or ours not in usual and kind == borrowed}
+    for ours, theirs in columns.items():
+        if theirs not in present: raise ValueError(f"{where}: no column {theirs!r}{nearest(theirs, present)}, which `columns` (data.columns of the recipe) names as {ours}; it has {', '.join(map(str, present)) or 'none'}")
+    return columns
 
 # %% ../nbs/06_pairs.ipynb #07f52a88
 def csv_records(lines:list, # lines with their ends

@@ -1,5 +1,6 @@
 """Runs measured on their own split and on others: what is cached, what is written, what is refused."""
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -126,6 +127,35 @@ def test_another_source_takes_the_recipes_columns_along(tmp_path, encoder):
     assert embed_split(run, SOURCE).pool["source"] == SOURCE  # a layout without that column: the mapping is dropped
     write_pairs(tmp_path / "other")
     with pytest.raises(ValueError, match="case_id"): embed_split(run, f"jsonl:{tmp_path}/other/pairs.jsonl")
+
+
+def test_a_source_with_the_usual_columns_needs_no_mapping(tmp_path, encoder, monkeypatch):
+    "The recipe maps `captions: text`; other pairs spell the column as everybody does."
+    import radclip.data as data
+    for name in ("own", "other"): (tmp_path / name).mkdir()
+    write_pairs(tmp_path / "other", case_id="b")
+    write_pairs(tmp_path / "own", case_id="a")
+    own = tmp_path / "own" / "pairs.jsonl"
+    own.write_text(own.read_text().replace('"captions"', '"text"'))
+    recipe = load_recipe("phantom", f"data.source=jsonl:{own}", "data.sizes=null", "data.columns={captions: text, group: case_id}")
+    run = new_run(recipe, tmp_path / "runs")
+    save_model(encoder, run.model_folder)
+    shutil.rmtree(tmp_path / "own")  # what the run was trained on is not asked for
+    read, calls = data.read_source, []
+    monkeypatch.setattr(data, "read_source", lambda *a, **k: calls.append(a) or read(*a, **k))
+    found = embed_split(run, f"jsonl:{tmp_path}/other/pairs.jsonl")
+    assert found.pairs["captions"][0] == ["square 0", "grey 0"] and found.pairs["group"][:4] == ["b0", "b0", "b1", "b1"] and len(calls) == 1
+    (tmp_path / "other" / "pairs.csv").write_text("image,caption,patient_id\n" + "".join(f"{i}.png,square {i},p{i // 3}\n" for i in range(12)))
+    found = embed_split(run, f"images:{tmp_path}/other/pairs.csv", split="all")
+    assert found.texts[0] == "square 0" and found.pairs["group"][:4] == ["p0", "p0", "p0", "p1"] and len(calls) == 2
+    other = tmp_path / "other" / "pairs.jsonl"
+    other.write_text(other.read_text().replace('"captions"', '"words"'))
+    with pytest.raises(ValueError, match=r"no column 'text', which .*data.columns of the recipe.* names as captions; it has image, words"): embed_split(run, f"jsonl:{other}")
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_not_the_runs_own(run, source):
+    with pytest.raises(ValueError, match="no source"): evaluate(run, source)
 
 
 def spoil(folder, *numbers):
