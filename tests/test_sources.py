@@ -137,6 +137,16 @@ def jsonl(tmp_path, *lines):
 GOOD = {"image": "a.png", "caption": "chest", "split": "dev", "case_id": "P1"}
 
 
+def test_one_image_has_one_name(tmp_path):
+    lines = [GOOD, {"image": "./a.png", "caption": "lungs", "split": "dev", "case_id": "P1"}, {"image": ".//b.png", "caption": "x"}, {"image": str(tmp_path / "c.png"), "caption": "y"}]
+    table = read_source(jsonl(tmp_path, *lines), skipped := [])
+    assert table["captions"][:] == [["chest", "lungs"], ["x"], ["y"]] and table["image_id"][:] == ["a.png", "b.png", str(tmp_path / "c.png")] and skipped == []
+    mapped = read_source(jsonl(tmp_path, *({"file": line["image"], "caption": line["caption"]} for line in lines)), columns={"image": "file"})
+    assert mapped["image_id"][:] == table["image_id"][:] and mapped["captions"][:] == table["captions"][:]
+    read_source(jsonl(tmp_path, GOOD, {"image": "http://a.org/b.png", "caption": "x"}, {"image": "", "caption": "x"}), skipped)
+    assert [s["why"] for s in skipped] == [f"image file is missing: {tmp_path}/http://a.org/b.png", "no image given"]
+
+
 def test_jsonl_faults_are_counted_with_line_numbers(tmp_path):
     source = jsonl(tmp_path, GOOD, b'{"image": "b.png", "capt', b'["not", "an object"]', {"image": 3, "caption": "x"}, {"image": "gone.png", "caption": "x"}, {"image": "b.png", "caption": " "},
                    b'{"image": "b.png", "caption": "caf\xe9"}', GOOD | {"usable": False}, GOOD | {"caption": "lungs"}, GOOD | {"split": "test"}, {"image": "c.png", "captions": ["heart"]})
