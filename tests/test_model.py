@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from radclip.model import DualEncoder, ModelConfig, as_config, build_model, encode_images, encode_texts
+from radclip.model import DualEncoder, ModelConfig, as_config, build_model, encode_images, encode_texts, is_read
 
 CAPTIONS = ["Frontal chest radiograph shows a large right pleural effusion.",
             "Axial CT of the head with a small left subdural hematoma.",
@@ -175,6 +175,39 @@ def test_a_dumped_config_builds_the_same_model():
         as_config({"imge_size": 3})
     with pytest.raises(ValueError, match="imge_size"):
         ModelConfig(imge_size=3)
+
+
+@pytest.mark.parametrize("config, said", [
+    ({"kind": "phantom", "name": "ViT-B-32"}, "name is not read by kind phantom .by open_clip, transformers."),
+    ({"kind": "timm", "pretrained": "openai"}, "pretrained is not read by kind timm .by open_clip."),
+    ({"kind": "open_clip", "name": "ViT-B-32", "embed_dim": 64}, "embed_dim is not read by kind open_clip .by phantom, timm."),
+    ({"kind": "open_clip", "name": "ViT-B-32", "text_dropout": 0.5}, "text_dropout"),
+    ({"kind": "transformers", "name": "x", "image_size": 64}, "image_size is not read by kind transformers .by phantom, open_clip, timm."),
+    ({"kind": "fantom"}, "kind: Input should be 'phantom'"),
+])
+def test_a_field_that_would_be_ignored_is_refused(config, said):
+    with pytest.raises(ValueError, match=f"^model: {said}") as e: as_config(config)
+    assert "\n" not in str(e.value)
+
+
+def test_a_config_written_out_in_full_is_taken_back():
+    for config in ("phantom", "ViT-B-32", {"kind": "transformers", "name": "x"}, {"kind": "timm", "text_dropout": 0.3}):
+        config = as_config(config)
+        assert as_config(config.model_dump()) == config and set(config.model_dump()) == set(ModelConfig.model_fields)
+
+
+def test_what_a_kind_is_said_to_read_it_reads():
+    "Against the builders themselves: which fields of the config each looks at."
+    import inspect
+    import radclip.model as model
+    shared = [model._logit_options]
+    builders = {"open_clip": [model._build_open_clip, model._named_cfg], "transformers": [model._build_transformers],
+                "timm": [model._build_towers, model._tokenizer, model._text_cfg]}
+    for kind, functions in builders.items():
+        src = "\n".join(inspect.getsource(f) for f in [*functions, *shared])
+        read = set(re.findall(r"config\.(\w+)", src)) | set(re.findall(r'"(init_\w+)"', src))
+        assert {f for f in ModelConfig.model_fields if is_read(f, kind)} == read & set(ModelConfig.model_fields) | {"kind"}, kind
+    assert all(is_read(f, "phantom") == is_read(f, "timm") for f in ModelConfig.model_fields)
 
 
 def test_importing_the_config_loads_no_open_clip():
