@@ -137,9 +137,15 @@ def audited(what:str, # a recipe's name or file, or a source
            ): # the Audit
     "Audit the pairs of a recipe or a source."
     from radclip.data import audit, prepare_pairs
+    from radclip.pairs import nearest
     from radclip.recipe import list_recipes, load_recipe
+    from radclip.sources import split_source
     if what in list_recipes() or what.endswith((".yaml", ".yml")):
         return audit(prepare_pairs(load_recipe(what).data))
+    try: split_source(what)
+    except ValueError as error:
+        near = nearest(what, list_recipes())
+        raise ValueError(f"{error}, or a recipe{near}" if near and near not in str(error) else str(error)) from None
     return audit(what)
 
 # %% ../nbs/31_cli.ipynb #bbbf9e4b
