@@ -10,17 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from encoders import CAPTIONS, pixels
 from radclip.model import DualEncoder, ModelConfig, as_config, build_model, encode_images, encode_texts, is_read
-
-CAPTIONS = ["Frontal chest radiograph shows a large right pleural effusion.",
-            "Axial CT of the head with a small left subdural hematoma.",
-            "No pleural effusion or pneumothorax.", "Ultrasound of the kidney with a stone."] * 3
-
-
-def pixels(encoder, n=3, seed=0):
-    size = encoder.model.visual.preprocess_cfg["size"]
-    size = (size, size) if isinstance(size, int) else size
-    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
