@@ -225,7 +225,9 @@ def dicom_rows(folder, # folder with DICOM files; a csv with captions beside the
     folder = Path(folder)
     table = {os.path.basename(row.get("image") or row["_where"]): row for row in images_rows(folder)} if list(folder.glob("*.[ct]sv")) else {}
     views = {"PA": "frontal", "AP": "frontal", "LL": "lateral", "RL": "lateral", "LATERAL": "lateral"}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in (".dcm", ".dicom", ".ima", "")):
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in (".dcm", ".dicom", ".ima", ""))
+    if not paths: raise FileNotFoundError(f"{folder}: no DICOM files here; dicom: wants the folder that holds them, named .dcm, .dicom, .ima or without a suffix")
+    for path in paths:
         where, out = str(path.relative_to(folder)), io.BytesIO()
         try: image, ds = dicom_image(path)
         except ImportError: raise

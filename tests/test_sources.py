@@ -385,6 +385,13 @@ def test_dicom_rescale_goes_before_the_window(tmp_path):
     assert grey[0, 0] == 0 and abs(int(grey[4, 4]) - 128) <= 1  # 40 HU is the middle of the window
 
 
+def test_a_folder_without_dicom_files_says_so(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="no DICOM files here; dicom: wants the folder"): read_source(f"dicom:{tmp_path}")
+    dicom(tmp_path / "a.dcm", np.zeros((8, 8)), ImageComments="x")
+    with pytest.raises(FileNotFoundError, match="a.dcm: no DICOM files here"): read_source(f"dicom:{tmp_path / 'a.dcm'}")
+
+
 def test_dicom_folder(tmp_path):
     ramp = np.arange(64).reshape(8, 8)
     dicom(tmp_path / "a.dcm", ramp, ImageComments="Left effusion", PatientID="P1", ViewPosition="PA", Modality="DX")
