@@ -88,7 +88,7 @@ app = typer.Typer(name="radclip", add_completion=False, no_args_is_help=True, ri
                   context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Out = Annotated[str, typer.Option("--out", help="The folder that holds all runs.")]
-RUN_HELP = "A run's folder, a recipe's name (its newest run), a model folder, or `phantom`; without it: the latest run."
+RUN_HELP = "A run's folder, a recipe's name (its newest run), a model folder, or `phantom`, the model that comes with radclip; without it: the latest run."
 
 # %% ../nbs/31_cli.ipynb #8c030bd1
 def _version(asked):

@@ -30,7 +30,7 @@ def _model_of(run):
     if not isinstance(run, Run) and run is not None and (str(run) == "phantom" or (Path(run) / "open_clip_config.json").is_file()):
         return None, run
     run = find_run(run)
-    return run, run.model_folder
+    return run, run.trained_model
 
 
 def _other_pairs(run, source):

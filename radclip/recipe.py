@@ -278,6 +278,13 @@ class Run:
     def model_folder(self) -> Path: return self.folder / "model"
 
     @property
+    def trained_model(self) -> Path:
+        "The model's folder. Raises FileNotFoundError where training has not come to its end."
+        if not self.model_folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} has no model: its training did not end. Go on with it by --resume and the settings it began with, or name another run")
+        return self.model_folder
+
+    @property
     def finished(self) -> bool: return bool(self.info.get("finished"))
 
     def update(self, **info): # keys of run.json to add or change

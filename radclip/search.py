@@ -33,7 +33,7 @@ def resolve_encoder(
     "The model that is meant."
     if isinstance(run_or_encoder, DualEncoder):
         return run_or_encoder
-    folder = getattr(run_or_encoder, "model_folder", run_or_encoder)
+    folder = getattr(run_or_encoder, "trained_model", run_or_encoder)
     inside = Path(folder) / "model"
     return load_model(inside if inside.is_dir() else folder)
 

@@ -2,7 +2,6 @@
 import json
 import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -245,6 +244,12 @@ def test_model_folders_and_missing_runs(run, tmp_path):
     assert report["image_to_text"] == evaluate(run, SOURCE)["image_to_text"]
     with pytest.raises(ValueError, match="name a source"): evaluate(run.model_folder)
     with pytest.raises(FileNotFoundError): evaluate("no-such-run")
+
+
+def test_an_unfinished_run_has_no_model_yet(tmp_path):
+    run = new_run(load_recipe("phantom", f"data.source={SOURCE}", "data.sizes=null"), tmp_path / "runs")
+    for source in (None, SOURCE):
+        with pytest.raises(FileNotFoundError, match="its training did not end. Go on with it by --resume"): evaluate(run, source)
 
 
 def test_slugs_are_file_names():

@@ -195,6 +195,11 @@ def test_an_empty_table_and_a_wrong_kind(encoder, pairs):
         SearchIndex.build(encoder, pairs, kind="fast")
 
 
+def test_an_unfinished_run_can_not_be_searched_with(tmp_path, pairs):
+    from radclip.recipe import load_recipe, new_run
+    with pytest.raises(FileNotFoundError, match="its training did not end"): SearchIndex.build(new_run(load_recipe("phantom"), tmp_path), pairs)
+
+
 def test_tune_keeps_the_cheapest_above_the_target(encoder, pairs, tmp_path):
     texts = sum(len(row) for row in pairs["captions"])
     made = SearchIndex.build(encoder, pairs, kind="hnsw", embeddings=(unit(COUNT, 1), unit(texts, 2)))
