@@ -118,7 +118,7 @@ def test_no_network_is_one_line(monkeypatch):
     ("rocv2", ValueError, "did you mean 'rocov2'"), ("jsonl", ValueError, "needs a path"), ("jsonl:/no/such", FileNotFoundError, "/no/such"), ("nothing-like-it", ValueError, "known: phantom"),
     ("phantom:many", ValueError, "whole numbers"), ("disk:{tmp}", FileNotFoundError, "parquet"), ("roco:{tmp}", FileNotFoundError, "train/radiology"), ("rocov2:{tmp}", FileNotFoundError, "captions.csv"),
     ("openi:{tmp}", FileNotFoundError, "indiana_reports.csv"), ("flickr8k:{tmp}", FileNotFoundError, "captions.txt"), ("images:{tmp}", ValueError, "no csv"), ("jsonl:{tmp}", FileNotFoundError, "pairs.jsonl"),
-    ("{tmp}", ValueError, "a path needs its kind"), ("radiology_mini:{tmp}", FileNotFoundError, "parquet"), ("dicom:{tmp}", ValueError, "none of 0 rows")])
+    ("{tmp}", ValueError, "a path needs its kind"), ("radiology_mini:{tmp}", FileNotFoundError, "parquet"), ("dicom:{tmp}", FileNotFoundError, "no DICOM files here")])
 def test_wrong_sources(source, error, says, tmp_path):
     with pytest.raises(error, match=re.escape(says)) as e: read_source(source.format(tmp=tmp_path))
     assert "\n" not in str(e.value)
