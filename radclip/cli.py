@@ -88,7 +88,7 @@ app = typer.Typer(name="radclip", add_completion=False, no_args_is_help=True, ri
                   context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Out = Annotated[str, typer.Option("--out", help="The folder that holds all runs.")]
-RUN_HELP = "A run's folder, a recipe's name (its newest run), a model folder, or `phantom`; without it: the latest run."
+RUN_HELP = "A run's folder, a recipe's name (its newest run), a model folder, or `phantom`, the model that comes with radclip; without it: the latest run."
 
 # %% ../nbs/31_cli.ipynb #8c030bd1
 def _version(asked):
@@ -137,9 +137,15 @@ def audited(what:str, # a recipe's name or file, or a source
            ): # the Audit
     "Audit the pairs of a recipe or a source."
     from radclip.data import audit, prepare_pairs
+    from radclip.pairs import nearest
     from radclip.recipe import list_recipes, load_recipe
+    from radclip.sources import split_source
     if what in list_recipes() or what.endswith((".yaml", ".yml")):
         return audit(prepare_pairs(load_recipe(what).data))
+    try: split_source(what)
+    except ValueError as error:
+        near = nearest(what, list_recipes())
+        raise ValueError(f"{error}, or a recipe{near}" if near and near not in str(error) else str(error)) from None
     return audit(what)
 
 # %% ../nbs/31_cli.ipynb #bbbf9e4b
@@ -225,7 +231,8 @@ def index(
         rows = embed_split(found, source, split or ("all" if source else "test"), progress=sys.stderr.isatty())
         folder = Path(to) if to else Path(getattr(found, "folder", ".")) / "index"
         SearchIndex.build(found, rows.pairs, kind=kind, embeddings=(rows.image_emb, rows.text_emb), source=rows.pool["source"]).save(folder)
-    print(f"{shown(folder)}: {len(rows.pairs)} images of {rows.pool['source']}, split {rows.pool['split']}\n"
+    left_out = f"; {rows.pool['unreadable']} more can't be read" if rows.pool["unreadable"] else ""
+    print(f"{shown(folder)}: {len(rows.pairs)} images of {rows.pool['source']}, split {rows.pool['split']}{left_out}\n"
           f"search it with: radclip search {shlex.quote(shown(folder))} \"left pleural effusion\"")
 
 # %% ../nbs/31_cli.ipynb #7fcf9c16

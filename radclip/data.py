@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from .pairs import SPLIT_NAMES, as_list, nearest, need_columns, skip_summary
+from .pairs import SPLIT_NAMES, as_list, map_columns, nearest, skip_summary
 from .readers import roco_splits
 from .sources import read_roco_metadata, read_source, split_source
 from .splits import (FRACTIONS, SPLITS, apply_split, check_ids, cut_splits, load_split, only_split, replace_column, some_groups, split_hash, split_pairs,
@@ -26,9 +26,9 @@ from .splits import (FRACTIONS, SPLITS, apply_split, check_ids, cut_splits, load
 MAPPABLE = ("image", "captions", "image_id", "group", "split", "concepts", "view")
 
 # %% ../nbs/10_data.ipynb #e72e8872
-def _map_phantom(pairs, columns, source):
+def _map_phantom(pairs, columns, source, borrowed):
     "Phantoms are drawn, not read: their columns are mapped here, those of every other source while reading."
-    need_columns(pairs.column_names, columns.values(), source)
+    columns = map_columns(columns, pairs.column_names, source, pairs.column_names, "phantom", borrowed)
     values = {ours: pairs[theirs][:] for ours, theirs in columns.items()}
     for ours, column in values.items():
         pairs = replace_column(pairs, ours, [as_list(v) if ours in ("captions", "concepts") else SPLIT_NAMES.get(v, v) if ours == "split" else str(v) for v in column])
@@ -39,13 +39,14 @@ def load_pairs(source:str, # a name or `kind:path`, see sources.SOURCES
                split:str=None, # train, validation or test; None: the whole table
                columns:dict=None, # {column of the pairs table: column of the source}, as {"group": "case_id"}
                skipped:list=None, # rows left out are added here as {where, why}; None: a warning counts them
+               borrowed:str=None, # kind of the source that `columns` was made for, where that is another one: what does not fit here is dropped
               ): # pairs table
     "Read a source into one pairs table. Raises ValueError for an absent split or an unknown column, FileNotFoundError where nothing lies there."
     columns, left_out = columns or {}, [] if skipped is None else skipped
     for name in columns:
         if name not in MAPPABLE: raise ValueError(f"columns: no column {name!r} to fill{nearest(name, MAPPABLE)}; there are {', '.join(MAPPABLE)}")
-    pairs = read_source(source, skipped=left_out, columns=columns)
-    if columns and split_source(source)[0] == "phantom": pairs = _map_phantom(pairs, columns, source)
+    pairs = read_source(source, skipped=left_out, columns=columns, borrowed=borrowed)
+    if columns and split_source(source)[0] == "phantom": pairs = _map_phantom(pairs, columns, source, borrowed)
     if skipped is None and left_out: warnings.warn(f"{source}: {len(left_out):,} rows left out: {skip_summary(left_out)}. audit({source!r}).skipped lists all", stacklevel=2)
     return pairs if split is None else only_split(pairs, split, source)
 

@@ -18,10 +18,10 @@ import torch
 
 # %% ../nbs/24_evaluation.ipynb #3f30a7ae
 from .data import load_pairs, prepare_pairs
+from .loading import image_key, leave_out, raw_images
 from .model import encode_images, encode_texts, fingerprint, load_model
 from .ranking import EvaluateConfig, pool_curve, retrieval_report
 from .recipe import Run, find_run, load_recipe, write_text
-from .sources import split_source
 from .splits import only_split, split_hash
 
 # %% ../nbs/24_evaluation.ipynb #6fbe4908
@@ -30,17 +30,14 @@ def _model_of(run):
     if not isinstance(run, Run) and run is not None and (str(run) == "phantom" or (Path(run) / "open_clip_config.json").is_file()):
         return None, run
     run = find_run(run)
-    return run, run.model_folder
+    return run, run.trained_model
 
 
 def _other_pairs(run, source):
-    "Pairs of another source; a mapping of columns that belongs to another layout is dropped where it does not fit."
-    columns = run.recipe.data.columns if run else {}
-    same_kind = run and split_source(source)[0] == split_source(run.recipe.data.source)[0]
-    try: return load_pairs(source, columns=columns)
-    except ValueError:
-        if same_kind or not columns: raise
-        return load_pairs(source)
+    "Pairs of another source; the recipe's mapping of columns is dropped where it does not fit."
+    if not run: return load_pairs(source)
+    own = run.recipe.data
+    return load_pairs(source, columns=own.columns, borrowed=own.source.partition(":")[0])
 
 
 def _own_pairs(run, folder):
@@ -63,7 +60,7 @@ class EmbeddedSplit(NamedTuple):
     text_emb: torch.Tensor  # [M, D] float32, unit length
     text_image: torch.Tensor  # [M] int64, row of the image that each text belongs to
     pairs: object  # pairs table of N rows
-    pool: dict  # source, split, split_hash
+    pool: dict  # source, split, split_hash, unreadable (images left out)
 
     @property
     def texts(self) -> list[str]:
@@ -81,36 +78,46 @@ def source_slug(
 
 # %% ../nbs/24_evaluation.ipynb #f73b7b07
 def _encode(encoder, pairs, progress):
-    "Embed a table: every image, and every distinct caption once."
-    captions = pairs["captions"][:]
+    "Embed a table: every image that can be read, and every distinct caption of these once; and why the others can't be read."
+    device, bad = "cuda" if torch.cuda.is_available() else None, {}
+    image_emb = encode_images(encoder, pairs, device=device, progress=progress, bad=bad)
+    captions = [held for row, held in enumerate(pairs["captions"][:]) if row not in bad]
     texts = [text for row in captions for text in row]
     distinct = list(dict.fromkeys(texts))
     place = {text: i for i, text in enumerate(distinct)}
-    device = "cuda" if torch.cuda.is_available() else None
     text_emb = encode_texts(encoder, distinct, device=device, progress=progress)[[place[text] for text in texts]]
-    owner = torch.tensor([row for row, held in enumerate(captions) for _ in held])
-    return {"image_emb": encode_images(encoder, pairs, device=device, progress=progress), "text_emb": text_emb, "text_image": owner}
+    owner = torch.tensor([row for row, held in enumerate(captions) for _ in held], dtype=torch.int64)
+    return {"image_emb": image_emb, "text_emb": text_emb, "text_image": owner}, bad
+
+
+def _key(pairs, encoder, splits):
+    "What embeddings depend on: ids, captions, images, weights; and the hash of the splits that the rows are from."
+    texts, images = json.dumps([pairs["image_id"][:], pairs["captions"][:]]), hashlib.sha256()
+    for raw in raw_images(pairs): images.update(image_key(raw))
+    return {"split_hash": splits, "rows": hashlib.sha256(texts.encode()).hexdigest()[:16], "images": images.hexdigest()[:16], "model": fingerprint(encoder)}
 
 
 def _read_embeddings(file, key):
-    "Stored embeddings, if they are of these rows and this model; None otherwise, and for a damaged file."
+    "Stored embeddings and the rows left out of them, if they are of these rows and this model; None otherwise, and for a damaged file."
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file(): return None
     try:
         with safe_open(file, "pt") as stored:
-            if stored.metadata() != key: return None
-            return {name: stored.get_tensor(name) for name in ("image_emb", "text_emb", "text_image")}
-    except SafetensorError: return None
+            about = stored.metadata() or {}
+            bad = {int(row): why for row, why in json.loads(about.pop("unreadable", "{}")).items()}
+            if about != key: return None
+            return {name: stored.get_tensor(name) for name in ("image_emb", "text_emb", "text_image")}, bad
+    except (SafetensorError, ValueError): return None
 
 
-def _write_embeddings(file, tensors, key):
+def _write_embeddings(file, tensors, bad, key):
     "Write beside, then rename: an interrupted write leaves no half file under the name."
     from safetensors.torch import save_file
 
     file.parent.mkdir(exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=key)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata=key | {"unreadable": json.dumps(bad)})
     os.replace(part, file)
 
 # %% ../nbs/24_evaluation.ipynb #8c754e98
@@ -130,22 +137,21 @@ def embed_split(
 ) -> EmbeddedSplit:
     """Embeddings of a split, read from the run's `embeddings/` folder if they are of these rows and this model.
 
-    Raises ValueError for an absent split (listing those present) and for pairs that changed since training,
-    FileNotFoundError where there is no run.
+    Rows whose image can't be read are left out, with a warning. Raises ValueError where none can be read, for an absent
+    split (listing those present) and for pairs that changed since training, FileNotFoundError where there is no run.
     """
     run, folder = _model_of(run)
-    pairs, name = (_other_pairs(run, source), source) if source else _own_pairs(run, folder)
+    pairs, name = _own_pairs(run, folder) if source is None else (_other_pairs(run, source), source)
     pool = {"source": name, "split": split, "split_hash": split_hash(pairs)}
-    rows = _rows_of(pairs, split, name, own=not source)
+    rows = _rows_of(pairs, split, name, own=source is None)
     encoder = load_model(folder)
-    captions = hashlib.sha256(json.dumps([rows["image_id"][:], rows["captions"][:]]).encode()).hexdigest()[:16]
-    key = {"split_hash": pool["split_hash"], "rows": captions, "model": fingerprint(encoder)}
+    key = _key(rows, encoder, pool["split_hash"])
     file = run.folder / "embeddings" / f"{f'{source_slug(source)}-' if source else ''}{split}.safetensors" if run else None
-    tensors = _read_embeddings(file, key) if file else None
-    if tensors is None:
-        tensors = _encode(encoder, rows, progress)
-        if file: _write_embeddings(file, tensors, key)
-    return EmbeddedSplit(**tensors, pairs=rows, pool=pool)
+    stored = _read_embeddings(file, key) if file else None
+    tensors, bad = stored or _encode(encoder, rows, progress)
+    rows = leave_out(rows, bad)
+    if file and not stored: _write_embeddings(file, tensors, bad, key)
+    return EmbeddedSplit(**tensors, pairs=rows, pool=pool | {"unreadable": len(bad)})
 
 # %% ../nbs/24_evaluation.ipynb #0ce03d85
 def _write_report(run, report, own):
@@ -186,7 +192,8 @@ def format_report(
     "A report as text: pool, split and source on top, one line a direction."
     pool, keys = report["pool"], ("R@1", "R@5", "R@10", "MRR", "nDCG@10", "MedR", "MeanR")
     where = f"{pool.get('source', 'given embeddings')}, split {pool['split']} ({pool['split_hash']})" if "split" in pool else "given embeddings"
-    lines = [f"{where}: pool of {pool['images']:,} images, {pool['texts']:,} captions ({pool['distinct_texts']:,} distinct)",
+    left_out = f"; {pool['unreadable']:,} more can't be read" if pool.get("unreadable") else ""
+    lines = [f"{where}: pool of {pool['images']:,} images, {pool['texts']:,} captions ({pool['distinct_texts']:,} distinct){left_out}",
              f"{'':44}{''.join(f'{k:>9}' for k in keys)}   R@1, 95 %"]
     for part, label in ((report, "identical captions count"), (report["strict"], "own captions only")):
         for way in ("image_to_text", "text_to_image"):

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'CAPTION_NAMES', 'GUESSES', 'pairs_features', 'column_feature', 'as_list', 'read_boxes', 'standard_row',
-           'Listing', 'merge_row', 'clean_rows', 'skip_summary', 'arrow_table', 'make_table', 'check_image',
-           'read_lines', 'nearest', 'need_columns', 'csv_records', 'read_csv', 'guess_columns']
+           'Listing', 'merge_row', 'plain_path', 'clean_rows', 'skip_summary', 'arrow_table', 'make_table',
+           'check_image', 'read_lines', 'nearest', 'need_columns', 'map_columns', 'csv_records', 'read_csv',
+           'guess_columns']
 
 # %% ../nbs/06_pairs.ipynb #d6bd5649
 import csv, difflib, io, json, os, re
 from collections import Counter
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # %% ../nbs/06_pairs.ipynb #97fa2cfe
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation", "test": "test", "testing": "test"}
@@ -103,6 +104,12 @@ def merge_row(old:dict, # row already taken
     for name in ("captions", "concepts"): old[name] += [v for v in new[name] if v not in old[name]]
 
 # %% ../nbs/06_pairs.ipynb #d6514cb6
+def plain_path(image, # path of an image, or what else a row may hold
+              ): # the same; of a path without `./` and `//`, so that one image has one name
+    "`./a.jpg` and `a.jpg` are one image. `..` stays: behind a link it leads elsewhere."
+    return str(PurePosixPath(image)) if isinstance(image, str) and image[-1:] not in ("", "/") and "://" not in image else image
+
+
 def clean_rows(raws, # raw rows: dicts with `image` (path, bytes or row number of a store), captions and more
                skipped:list, # gets {"where", "why"} for each row left out
                root="", # folder that relative image paths start from
@@ -112,8 +119,8 @@ def clean_rows(raws, # raw rows: dicts with `image` (path, bytes or row number o
     "Check, name and merge raw rows. Nothing is dropped in silence: what is left out goes to `skipped`."
     files, by_image, by_id = Listing(), {}, {}
     for raw in raws:
-        row, why = standard_row(raw)
-        image = raw.get("image")
+        image = plain_path(raw.get("image"))
+        row, why = standard_row(raw | {"image": image})
         if isinstance(image, (str, os.PathLike)) and image != "": image = os.path.join(root, image)
         if row:
             same = (row["image_id"], image) if isinstance(image, bytes) else image
@@ -203,6 +210,21 @@ def need_columns(present, # column names there are
         names = names if isinstance(names, tuple) else (names,)
         if not set(names) & set(present):
             raise ValueError(f"{where}: no column {names[0]!r}{nearest(names[0], present)}; it has {', '.join(map(str, present)) or 'none'}")
+
+
+def map_columns(columns:dict|None, # our column name → theirs
+                present, # column names there are
+                where, # file or source, for the message
+                usual=(), # our names that are found without a mapping
+                kind:str="", # kind of this source
+                borrowed:str|None=None, # kind of the source that the mapping was made for; None: this one
+               ): # the entries that fit
+    "Check a mapping of columns. Of one made for another source, what is absent here is dropped, if ours is there or the layout is another. Raises ValueError for the rest."
+    columns = columns or {}
+    if borrowed is not None: columns = {ours: theirs for ours, theirs in columns.items() if theirs in present or ours not in usual and kind == borrowed}
+    for ours, theirs in columns.items():
+        if theirs not in present: raise ValueError(f"{where}: no column {theirs!r}{nearest(theirs, present)}, which `columns` (data.columns of the recipe) names as {ours}; it has {', '.join(map(str, present)) or 'none'}")
+    return columns
 
 # %% ../nbs/06_pairs.ipynb #07f52a88
 def csv_records(lines:list, # lines with their ends

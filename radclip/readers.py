@@ -11,7 +11,7 @@ __all__ = ['jsonl_rows', 'roco_article', 'roco_splits', 'side_table', 'roco_list
 import io, json, os, re
 from pathlib import Path
 
-from .pairs import SPLIT_NAMES, Listing, guess_columns, need_columns, read_csv, read_lines
+from .pairs import SPLIT_NAMES, Listing, guess_columns, map_columns, need_columns, read_csv, read_lines
 
 # %% ../nbs/07_readers.ipynb #75f25095
 def jsonl_rows(path, # `pairs.jsonl`, or the folder that holds it
@@ -180,13 +180,14 @@ def folder_csv(path, # folder, or the csv itself
 # %% ../nbs/07_readers.ipynb #5b1e8c49
 def images_rows(path, # folder with images and a csv, or the csv
                 given=None, # their column names by ours, where the guess is wrong
+                borrowed:str|None=None, # kind of the source that `given` was made for; None: this one
                ): # raw rows
     "Any image folder + csv: columns are guessed by name, files found at the path given, by their name anywhere below, or without suffix."
     (folder, table), bad, anywhere = folder_csv(path), [], {}
     rows = read_csv(table, [], bad)
     present = [k for k in rows[0] if k != "_where"] if rows else []
-    names = guess_columns(present, given)
-    need_columns(present, (given or {}).values(), table)
+    usual = guess_columns(present)
+    names = usual | map_columns(given, present, table, {*usual, *(["captions"] if "caption" in usual else [])}, "images", borrowed)
     need_columns([*names, *present], ["image", ("caption", "captions")], table)
     for base, _, files in os.walk(folder):
         for f in files:
@@ -224,7 +225,9 @@ def dicom_rows(folder, # folder with DICOM files; a csv with captions beside the
     folder = Path(folder)
     table = {os.path.basename(row.get("image") or row["_where"]): row for row in images_rows(folder)} if list(folder.glob("*.[ct]sv")) else {}
     views = {"PA": "frontal", "AP": "frontal", "LL": "lateral", "RL": "lateral", "LATERAL": "lateral"}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in (".dcm", ".dicom", ".ima", "")):
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in (".dcm", ".dicom", ".ima", ""))
+    if not paths: raise FileNotFoundError(f"{folder}: no DICOM files here; dicom: wants the folder that holds them, named .dcm, .dicom, .ima or without a suffix")
+    for path in paths:
         where, out = str(path.relative_to(folder)), io.BytesIO()
         try: image, ds = dicom_image(path)
         except ImportError: raise

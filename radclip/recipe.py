@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PARTS', 'TrainConfig', 'StandIn', 'Recipe', 'recipe_folder', 'list_recipes', 'set_path', 'valid_keys',
            'unset_variables', 'expand_variables', 'use_stand_in', 'load_recipe', 'write_text', 'Run', 'new_run',
-           'find_run', 'unfinished_run', 'changed_settings']
+           'find_run', 'unfinished_run', 'clear_leftovers', 'changed_settings']
 
 # %% ../nbs/20_recipe.ipynb #a829599e
-import difflib, json, os, re, threading, time
+import difflib, glob, json, os, re, shutil, threading, time
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,8 +106,9 @@ def _read_recipe(name_or_path) -> dict:
     if not path.is_file(): path = Path(name_or_path)
     if not path.is_file():
         names = list(list_recipes())
-        near = difflib.get_close_matches(str(name_or_path), names, 3, 0.5) or names
-        raise ValueError(f"no recipe called {str(name_or_path)!r} and no such file: did you mean {' or '.join(near)}?")
+        near = difflib.get_close_matches(str(name_or_path), names, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the recipes there are: {', '.join(names)}"
+        raise ValueError(f"no recipe called {str(name_or_path)!r} and no such file: {hint}")
     try: settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict): raise ValueError(f"{path} holds a {type(settings).__name__}: a recipe is keys and values, such as `train: {{epochs: 3}}`")
@@ -159,7 +160,9 @@ def _validate(settings, schema):
     except ValidationError as error: fault = error.errors()[0]
     path = ".".join(str(p) for p in fault["loc"])
     if fault["type"] == "extra_forbidden": what = f"unknown key {path}: {_nearest_key(path, schema)}"
-    else: what = f"{path}: {fault['msg']} (got {fault['input']!r})"
+    else:
+        what = f"{path}: {fault['msg'].removeprefix('Value error, ')}"
+        if not isinstance(fault["input"], dict): what += f" (got {fault['input']!r})"
     raise ValueError(f"recipe {settings.get('name', '')}: {what}")
 
 # %% ../nbs/20_recipe.ipynb #172f003e
@@ -276,6 +279,13 @@ class Run:
     def model_folder(self) -> Path: return self.folder / "model"
 
     @property
+    def trained_model(self) -> Path:
+        "The model's folder. Raises FileNotFoundError where training has not come to its end."
+        if not self.model_folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} has no model: its training did not end. Go on with it by --resume and the settings it began with, or name another run")
+        return self.model_folder
+
+    @property
     def finished(self) -> bool: return bool(self.info.get("finished"))
 
     def update(self, **info): # keys of run.json to add or change
@@ -306,9 +316,9 @@ def new_run(recipe, # what is going to run
     return run
 
 # %% ../nbs/20_recipe.ipynb #51207020
-def _runs(out, name="*"):
+def _runs(out, name=None):
     "All run folders under `out`, oldest first."
-    return sorted((f.parent for f in Path(out).glob(f"{name}/*/recipe.yaml")), key=lambda f: (f.name[:15], len(f.name), f.name))
+    return sorted((f.parent for f in Path(out).glob(f"{'*' if name is None else glob.escape(name)}/*/recipe.yaml")), key=lambda f: (f.name[:15], len(f.name), f.name))
 
 # %% ../nbs/20_recipe.ipynb #77331517
 def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the newest of all
@@ -316,6 +326,7 @@ def find_run(run=None, # folder of a run, a Run, or a recipe's name; None: the n
             ) -> Run:
     "The run that is meant. Raises FileNotFoundError in one line when there is none."
     if isinstance(run, Run): return run
+    if run is not None and not str(run).strip(): raise ValueError("the run has an empty name: name its folder or its recipe, or leave it out for the newest run")
     if run is not None:
         if (Path(run) / "recipe.yaml").is_file(): return Run(run)
         found = [] if Path(run).is_absolute() else _runs(out, str(run))  # a recipe's name is never an absolute path
@@ -339,6 +350,12 @@ def unfinished_run(name:str, # of a recipe
     raise FileNotFoundError(f"no unfinished run of {name} in {out}: start one without --resume")
 
 # %% ../nbs/20_recipe.ipynb #41aac363
+def clear_leftovers(run): # a Run that this process takes over
+    "Remove the temporary files of a process that was killed while it wrote. Training alone writes these names, and one process trains a run."
+    for pattern in (".run.json.*", ".recipe.yaml.*", ".metrics.csv.*", "checkpoints/.*.ckpt.*", ".model-*"):
+        for path in run.folder.glob(pattern): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def changed_settings(old:dict, # settings of a run
                      new:dict, # settings of a recipe
                      prefix:str="", # put before each key

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from .data import load_pairs
+from .loading import leave_out
 from .model import DualEncoder, encode_images, encode_texts, load_model
 from .neighbours import choose_kind, measure, pick_setting, top_rows
 from .pairs import nearest
@@ -32,7 +33,7 @@ def resolve_encoder(
     "The model that is meant."
     if isinstance(run_or_encoder, DualEncoder):
         return run_or_encoder
-    folder = getattr(run_or_encoder, "model_folder", run_or_encoder)
+    folder = getattr(run_or_encoder, "trained_model", run_or_encoder)
     inside = Path(folder) / "model"
     return load_model(inside if inside.is_dir() else folder)
 
@@ -189,7 +190,7 @@ class SearchIndex(VectorSearch):
         embeddings: tuple | None = None,  # ([N, D] images, [C, D] all captions in order) where they are known
         source: str | None = None,  # where a table came from, for index.json
     ) -> "SearchIndex":  # in a temporary folder until it is saved
-        "Embed a table and index both sides. Raises ValueError for an empty table or an unknown kind."
+        "Embed a table and index both sides, but for images that can't be read. Raises ValueError for an empty table or an unknown kind."
         source, pairs = (pairs, load_pairs(pairs, split)) if isinstance(pairs, str) else (source, pairs)
         if not len(pairs):
             raise ValueError("there is nothing to index: the table has no rows")
@@ -313,10 +314,12 @@ def mine_hard_negatives(
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, List, Value
 
-    ids, captions, groups = (list(pairs.select_columns([name])[name]) for name in ("image_id", "captions", "group"))
     if embeddings is None:
-        encoder = resolve_encoder(run_or_encoder)
-        embeddings = encode_images(encoder, pairs), encode_texts(encoder, [text for row in captions for text in row])
+        encoder, bad = resolve_encoder(run_or_encoder), {}
+        image_emb = encode_images(encoder, pairs, bad=bad)
+        pairs = leave_out(pairs, bad)
+        embeddings = image_emb, encode_texts(encoder, [text for row in pairs["captions"][:] for text in row])
+    ids, captions, groups = (list(pairs.select_columns([name])[name]) for name in ("image_id", "captions", "group"))
     images, texts = (torch.as_tensor(part, dtype=torch.float32) for part in embeddings)
     excluded = sharing([[("group", group), *row] for group, row in zip(groups, captions)])
     rows = hardest(images, texts, [len(row) for row in captions], excluded, n)

@@ -11,10 +11,10 @@ __all__ = ['HUB', 'SOURCES', 'caption_columns', 'report_columns', 'packed_files'
 import os, re, warnings
 from pathlib import Path
 
-from .pairs import (CAPTION_NAMES, SPLIT_NAMES, clean_rows, guess_columns, make_table, nearest, need_columns, pairs_features,
-                           skip_summary, standard_row)
+from .pairs import (CAPTION_NAMES, SPLIT_NAMES, clean_rows, guess_columns, make_table, map_columns, nearest, need_columns,
+                           pairs_features, skip_summary, standard_row)
 from .readers import (dicom_rows, flickr8k_rows, images_rows, jsonl_rows, openi_columns, openi_rows, roco_csv_rows, roco_rows,
-                             roco_splits, rocov2_rows)
+                             rocov2_rows)
 
 # %% ../nbs/08_sources.ipynb #7548573d
 def caption_columns(row:dict): # a row of a hub set without its pixels; gives [(image column, raw row)]
@@ -144,28 +144,31 @@ def disk_rows(ds, # one split, as saved
 def raw_source(kind:str, # kind of source
                path:str, # where it lies, "" for the hub
                given:dict|None=None, # columns for `images:`
+               borrowed:str|None=None, # kind of the source that they were made for; None: this one
               ): # (raw rows, store of images or None)
     "The rows of a source before they are checked, from whichever form of the set lies at the path."
     if kind == "disk":
         splits = load_folder(path)
         return hub_store(splits, disk_rows(next(iter(splits.values()))))
     if kind in HUB and (not path or kind not in SOURCES or packed_files(path)): return hub_store(load_hub(kind, path), HUB[kind][1])
-    return list(images_rows(path, given) if kind == "images" else SOURCES[kind](path)), None
+    return list(images_rows(path, given, borrowed) if kind == "images" else SOURCES[kind](path)), None
 
 # %% ../nbs/08_sources.ipynb #fc512817
 def read_source(source:str, # name or kind:path
                 skipped:list|None=None, # gets {"where", "why"} for each row left out; None warns with a summary
                 columns:dict|None=None, # our column name → theirs, such as {"group": "case_id"}
                 images:bool=True, # False: texts only, without the image column and without looking for the files
+                borrowed:str|None=None, # kind of the source that `columns` was made for, where that is another one; see `map_columns`
                ): # pairs table
     """Any source as one pairs table.
 
     Raises FileNotFoundError where nothing lies there, ValueError for an unknown kind, a missing column or when no row can be used."""
     kind, path = split_source(source)
     if kind == "phantom": return phantom_source(path)
-    (raws, store), renames, left = raw_source(kind, path, columns), {} if kind == "images" else columns or {}, []
+    (raws, store), left = raw_source(kind, path, columns, borrowed), []
     present = list(dict.fromkeys(k for raw in raws for k in raw if not k.startswith("_")))
-    if present: need_columns(present, renames.values(), source)
+    usual = {*present, *(CAPTION_NAMES if set(present) & set(CAPTION_NAMES) else [])}
+    renames = map_columns(columns, present, source, usual, kind, borrowed) if present and kind != "images" else {}
     for raw in raws:
         mapped = {ours: raw.get(theirs) for ours, theirs in renames.items()}
         raw.update((dict.fromkeys(CAPTION_NAMES) if set(mapped) & set(CAPTION_NAMES) else {}) | mapped)

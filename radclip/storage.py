@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .data import split_hash
+from .loading import leave_out, raw_images, read_image, try_image
 from .model import DualEncoder, encode_images, encode_texts, fingerprint, load_model, save_model
 from .neighbours import VectorIndex, choose_kind, read_vectors, write_vectors
 from .pairs import nearest
@@ -51,22 +52,27 @@ def write_rows(
     pairs,  # the pairs table
     path: Path,  # rows.parquet
     encode: Callable | None,  # list of PIL images -> [B, D]; None: the vectors are there already
-) -> np.ndarray | None:  # [N, D] the images' vectors
+) -> tuple[list, dict[int, str]]:  # [B, D] vectors of each batch, and why the rows that were left out can't be read
     "Write ids, captions, columns and thumbnails in batches, and embed each image while it is decoded."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns, vectors, writer = pairs.remove_columns("image").with_format("arrow"), [], None
+    columns, vectors, bad, writer = pairs.remove_columns("image").with_format("arrow"), [], {}, None
     for start in range(0, len(pairs), ROW_GROUP):
-        images = pairs[start : start + ROW_GROUP]["image"]
-        small = pa.array([shrink(image) for image in images], pa.binary())
-        table = columns[start : start + ROW_GROUP].append_column("thumbnail", small)
+        rows = range(start, min(start + ROW_GROUP, len(pairs)))
+        made = [try_image(lambda: (image := read_image(raw), shrink(image))) for raw in raw_images(pairs, rows)]
+        bad |= {row: why for row, (_, why) in zip(rows, made) if why}
+        if not (good := [place for place, (pair, _) in enumerate(made) if pair]):
+            continue
+        small = pa.array([made[place][0][1] for place in good], pa.binary())
+        table = columns[start : rows.stop].take(good).append_column("thumbnail", small)
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table, row_group_size=ROW_GROUP)
         if encode:
-            vectors.append(np.asarray(encode(images)))
-    writer.close()
-    return np.concatenate(vectors) if encode else None
+            vectors.append(np.asarray(encode([made[place][0][0] for place in good])))
+    if writer:
+        writer.close()
+    return vectors, bad
 
 # %% ../nbs/28_storage.ipynb #ac465799
 class Captions:
@@ -186,18 +192,19 @@ def build_folder(
     kind: str,  # auto, exact, hnsw or compressed
     embeddings: tuple | None,  # ([N, D] of images, [C, D] of all captions in order) where they are known
 ) -> dict:  # what index.json shall hold
-    "Embed, build both sides and write every file but index.json."
-    import pyarrow as pa
-
-    column = pairs.select_columns(["captions"]).with_format("arrow")[:]["captions"]
-    captions = Captions(column)
+    "Embed, build both sides and write every file but index.json; rows whose image can't be read are left out, with a warning."
     save_model(encoder, folder / "model")
     encode = None if embeddings else lambda images: encode_images(encoder, images)
-    images = write_rows(pairs, folder / "rows.parquet", encode)
+    batches, bad = write_rows(pairs, folder / "rows.parquet", encode)
+    kept = np.isin(np.arange(len(pairs)), list(bad), invert=True)
+    owners = np.repeat(kept, [len(held) for held in pairs["captions"][:]])
+    pairs = leave_out(pairs, bad)
+    captions = Captions(pairs.select_columns(["captions"]).with_format("arrow")[:]["captions"])
     if embeddings:
-        images, texts = embeddings[0], np.asarray(embeddings[1])[np.unique(captions.text, return_index=True)[1]]
+        images, texts = (np.asarray(part)[rows] for part, rows in zip(embeddings, (kept, owners)))
+        texts = texts[np.unique(captions.text, return_index=True)[1]]
     else:
-        texts = encode_texts(encoder, captions.texts)
+        images, texts = np.concatenate(batches), encode_texts(encoder, captions.texts)
     info = {"format": FORMAT, "kinds": {}, "why": {}, "settings": {}, "sizes": {}}
     for side, vectors in {"images": np.asarray(images), "texts": np.asarray(texts)}.items():
         info["kinds"][side], info["why"][side] = choose_kind(len(vectors), kind)
@@ -221,6 +228,8 @@ class Rows:
         names = [name for name in self.metadata.schema.to_arrow_schema().names if name != "thumbnail"]
         self.table = pq.read_table(path, columns=names)
         self.captions = Captions(self.table["captions"])
+        counts = [self.metadata.row_group(number).num_rows for number in range(self.metadata.num_row_groups)]
+        self.ends = np.cumsum(counts)  # a group with unreadable images is smaller than the others
         self.row_of = {name: row for row, name in enumerate(self.table["image_id"].to_pylist())}
 
     def __len__(self) -> int:
@@ -243,8 +252,9 @@ class Rows:
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(self.path, metadata=self.metadata)
-        part = file.read_row_group(row // ROW_GROUP, columns=["thumbnail"])
-        return part["thumbnail"][row % ROW_GROUP].as_py()
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        part = file.read_row_group(group, columns=["thumbnail"])
+        return part["thumbnail"][row - int(self.ends[group])].as_py()  # counted from the group's end
 
 # %% ../nbs/28_storage.ipynb #5b592234
 class IndexFolder:

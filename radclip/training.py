@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import radclip
 from .contrastive import build_contrastive
 from .ranking import batch_recall
-from .recipe import Recipe, Run, changed_settings, find_run, load_recipe, new_run, unfinished_run, write_text
+from .recipe import Recipe, Run, changed_settings, clear_leftovers, find_run, load_recipe, new_run, unfinished_run, write_text
 
 # %% ../nbs/23_training.ipynb #9ec00d5e
 def rate_factor(step:int, # steps done
@@ -364,6 +364,7 @@ def _reopen(run, recipe, data):
         raise ValueError(f"{run.folder} began under another recipe: {told}. Resume it with {again}, or start anew without --resume")
     before, now = run.info.get("split_hash"), data.about.get("split_hash")
     if before and before != now: raise ValueError(f"{run.folder} began with other pairs (split hash {before}, now {now}): restore them, or start anew without --resume")
+    clear_leftovers(run)
     file = run.folder / "checkpoints" / "last.ckpt"
     return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
 

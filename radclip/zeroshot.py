@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/25_zeroshot.ipynb #04832a7b
+from .loading import leave_out
 from .model import DualEncoder, encode_images, encode_texts
 
 # %% ../nbs/25_zeroshot.ipynb #76b10558
@@ -92,13 +93,15 @@ def concept_report(
 ) -> list[dict]:  # cui, name, images (that have it), AUROC; best first
     """How well each affirmed concept is found by its name alone.
 
-    Raises ValueError where no concept of `names` occurs often enough.
+    Images that can't be read are left out, with a warning. Raises ValueError where no concept of `names` occurs often enough.
     """
+    if image_emb is None:
+        image_emb = encode_images(encoder, pairs, bad=(bad := {}))
+        pairs = leave_out(pairs, bad)
     held = [set(concepts) for concepts in pairs["concepts"][:]]
     truth = {cui: np.array([cui in concepts for concepts in held]) for cui in names}
     asked = [cui for cui in names if least <= truth[cui].sum() <= len(held) - least]
     if not asked: raise ValueError(f"none of the {len(names)} concepts is affirmed for {least} images or more (and absent from as many)")
-    image_emb = encode_images(encoder, pairs) if image_emb is None else image_emb
     said = [names[cui] for cui in asked]
     label_emb = label_embeddings(encoder, said)
     if absent: label_emb = label_emb - label_embeddings(encoder, said, absent)

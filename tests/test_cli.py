@@ -158,6 +158,13 @@ def test_no_words_show_the_help(capsys):
     (["train", "--resume"], "--resume"),
     (["evaluate"], "radclip train"),
     (["evaluate", "nowhere"], "nowhere"),
+    (["evaluate", ""], "the run has an empty name"),
+    (["index", ""], "the run has an empty name"),
+    (["evaluate", "phantom", "--source", ""], "no source ''"),
+    (["data", "medpx"], "medpix"),
+    (["data", "xyzzy"], "roco-csv"),
+    (["train", "xyzzy"], "the recipes there are: biomedclip-zeroshot"),
+    (["train", "phantom", "model.name=ViT-B-32"], "name is not read by kind phantom"),
     (["index"], "radclip train"),
     (["search"], "INDEX"),
     (["search", "nowhere", "words"], "nowhere"),
@@ -328,6 +335,33 @@ def test_interrupt_leaves_a_run_that_resumes(tmp_path, monkeypatch, capsys):
     assert json.loads(run.read_text())["finished"] is True and str(Path("runs") / "phantom" / run.parent.name) in capsys.readouterr().out
 
 
+def write_pairs(folder):
+    "Sixty phantoms as JSONL; three pictures, one of each split, broke off while they were copied. Gives their image_ids."
+    from radclip.layouts import write_layout
+    from radclip.phantom import phantom_pairs
+    write_layout(phantom_pairs(60, seed=3), folder, "jsonl")
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    lost = [next(row for row in rows if row["split"] == split) for split in ("train", "validation", "test")]
+    for row in lost: (folder / row["image"]).write_bytes((folder / row["image"]).read_bytes()[:300])
+    return [row["image_id"] for row in lost]
+
+
+def test_broken_pictures_stop_no_command(here, capsys):
+    train, validation, test = write_pairs(here / "set")
+    tiny = ["data.source=jsonl:set", "data.sizes=null", "train.epochs=1", "train.batch_size=16"]
+    assert cli.main(["train", "phantom", *tiny, "data.official=true"]) == 0
+    out, err = capsys.readouterr()
+    assert f"({train}): OSError: image file is truncated" in err and f"({validation}): OSError" in err and "1 more can't be read" in out
+    assert cli.main(["evaluate", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert strict(out)["pool"]["unreadable"] == 1 and re.search(rf"^radclip: 1 of \d+ images can't be read and are left out: row \d+ \({test}\): OSError", err, re.M)
+    assert cli.main(["index", "--source", "jsonl:set", "--out", "found"]) == 0
+    out, err = capsys.readouterr()
+    assert "found: 57 images of jsonl:set, split all; 3 more can't be read" in out and all(name in err for name in (train, validation, test))
+    assert cli.main(["search", "found", "left pleural effusion", "-k", "57", "--json"]) == 0
+    assert not {train, validation, test} & {hit["image_id"] for hit in strict(capsys.readouterr().out)}
+
+
 # ---- index, search, classify
 
 def test_search_by_words(indexed):
@@ -396,6 +430,12 @@ def test_classify(run, within, picture, capsys):
     chances = rows[0]["probabilities"]
     assert set(chances) == set(labels) and abs(sum(chances.values()) - 1) < 1e-5
     assert rows[0]["label"] == max(chances, key=chances.get)
+
+
+def test_classify_names_the_picture_that_is_broken(here, picture, capsys):
+    Path("half.png").write_bytes(picture.read_bytes()[:2000])
+    assert cli.main(["classify", "half.png", str(picture), "--run", "phantom", "--label", "a", "--label", "b"]) == 2
+    assert one_line(capsys).startswith("radclip: half.png can't be read as an image")
 
 
 def test_classify_with_the_packaged_model(here, picture, capsys):

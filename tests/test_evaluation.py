@@ -1,7 +1,7 @@
 """Runs measured on their own split and on others: what is cached, what is written, what is refused."""
 import json
+import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +128,104 @@ def test_another_source_takes_the_recipes_columns_along(tmp_path, encoder):
     with pytest.raises(ValueError, match="case_id"): embed_split(run, f"jsonl:{tmp_path}/other/pairs.jsonl")
 
 
+def test_a_source_with_the_usual_columns_needs_no_mapping(tmp_path, encoder, monkeypatch):
+    "The recipe maps `captions: text`; other pairs spell the column as everybody does."
+    import radclip.data as data
+    for name in ("own", "other"): (tmp_path / name).mkdir()
+    write_pairs(tmp_path / "other", case_id="b")
+    write_pairs(tmp_path / "own", case_id="a")
+    own = tmp_path / "own" / "pairs.jsonl"
+    own.write_text(own.read_text().replace('"captions"', '"text"'))
+    recipe = load_recipe("phantom", f"data.source=jsonl:{own}", "data.sizes=null", "data.columns={captions: text, group: case_id}")
+    run = new_run(recipe, tmp_path / "runs")
+    save_model(encoder, run.model_folder)
+    shutil.rmtree(tmp_path / "own")  # what the run was trained on is not asked for
+    read, calls = data.read_source, []
+    monkeypatch.setattr(data, "read_source", lambda *a, **k: calls.append(a) or read(*a, **k))
+    found = embed_split(run, f"jsonl:{tmp_path}/other/pairs.jsonl")
+    assert found.pairs["captions"][0] == ["square 0", "grey 0"] and found.pairs["group"][:4] == ["b0", "b0", "b1", "b1"] and len(calls) == 1
+    (tmp_path / "other" / "pairs.csv").write_text("image,caption,patient_id\n" + "".join(f"{i}.png,square {i},p{i // 3}\n" for i in range(12)))
+    found = embed_split(run, f"images:{tmp_path}/other/pairs.csv", split="all")
+    assert found.texts[0] == "square 0" and found.pairs["group"][:4] == ["p0", "p0", "p0", "p1"] and len(calls) == 2
+    other = tmp_path / "other" / "pairs.jsonl"
+    other.write_text(other.read_text().replace('"captions"', '"words"'))
+    with pytest.raises(ValueError, match=r"no column 'text', which .*data.columns of the recipe.* names as captions; it has image, words"): embed_split(run, f"jsonl:{other}")
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_not_the_runs_own(run, source):
+    with pytest.raises(ValueError, match="no source"): evaluate(run, source)
+
+
+def spoil(folder, *numbers):
+    "Cut some of the pictures short, and take the last one away."
+    for i in numbers: (folder / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:60])
+    (folder / f"{numbers[-1]}.png").unlink()
+
+
+def without(folder, *numbers):
+    "The table of `write_pairs` without some rows."
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "less.jsonl").write_text("\n".join(line for i, line in enumerate(lines) if i not in numbers))
+    return f"jsonl:{folder}/less.jsonl"
+
+
+def load_then_lose(monkeypatch, folder, *numbers):
+    "Pairs whose images break between the reading of the table and their use, as a file on a network drive may."
+    import radclip.evaluation as evaluation
+    load = evaluation.load_pairs
+
+    def load_pairs(*a, **k):
+        pairs = load(*a, **k)
+        if (folder / f"{numbers[-1]}.png").exists(): spoil(folder, *numbers)
+        return pairs
+    monkeypatch.setattr(evaluation, "load_pairs", load_pairs)
+
+
+def test_unreadable_images_are_left_out_counted_and_named(run, tmp_path, encoded, monkeypatch):
+    write_pairs(tmp_path)
+    source = f"jsonl:{tmp_path}/pairs.jsonl"
+    wanted = embed_split(run, without(tmp_path, 2, 7))
+    load_then_lose(monkeypatch, tmp_path, 2, 7)
+    with pytest.warns(UserWarning, match=r"2 of 12 images can't be read and are left out: row 2 \(2.png\): .*truncated.*; row 7 \(7.png\): .*no file .*7.png"): found = embed_split(run, source)
+    assert found.pairs["image_id"][:] == [f"{i}.png" for i in range(12) if i not in (2, 7)] == wanted.pairs["image_id"][:]
+    for part in ("image_emb", "text_emb", "text_image"): assert torch.allclose(getattr(found, part), getattr(wanted, part), atol=1e-6)
+    assert found.texts == wanted.texts and found.pool["unreadable"] == 2 and wanted.pool["unreadable"] == 0
+    assert len(encoded) == 2, "each image is decoded and encoded once"
+
+
+def test_rows_left_out_stay_out_of_stored_embeddings_until_the_file_is_mended(run, tmp_path, encoded):
+    write_pairs(tmp_path)
+    source, whole = f"jsonl:{tmp_path}/pairs.jsonl", (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(whole[:60])
+    with pytest.warns(UserWarning, match="1 of 12 images"): first = embed_split(run, source)
+    with pytest.warns(UserWarning, match="1 of 12 images"): again = embed_split(run, source)
+    assert len(encoded) == 1 and torch.equal(first.image_emb, again.image_emb) and first.pairs["image_id"][:] == again.pairs["image_id"][:]
+    with pytest.warns(UserWarning, match="1 of 12 images"): report = evaluate(run, source)
+    assert (report["pool"]["images"], report["pool"]["texts"], report["pool"]["unreadable"]) == (11, 22, 1)
+    assert "pool of 11 images, 22 captions (14 distinct); 1 more can't be read" in format_report(report)
+    (tmp_path / "3.png").write_bytes(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(embed_split(run, source).image_emb) == 12 and len(encoded) == 2
+
+
+def test_a_picture_that_was_replaced_is_embedded_anew(run, tmp_path, encoded):
+    write_pairs(tmp_path)
+    first = embed_split(run, f"jsonl:{tmp_path}/pairs.jsonl")
+    Image.effect_noise((40, 40), 90).save(tmp_path / "3.png")
+    second = embed_split(run, f"jsonl:{tmp_path}/pairs.jsonl")
+    changed = (first.image_emb - second.image_emb).abs().amax(1) > 1e-6
+    assert len(encoded) == 2 and changed.nonzero().flatten().tolist() == [3]
+
+
+def test_a_split_without_one_readable_image_is_one_error(run, tmp_path):
+    write_pairs(tmp_path)
+    for i in range(12): (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 12 images can be read; row 0 \(0.png\): .*; and 11 more"): embed_split(run, f"jsonl:{tmp_path}/pairs.jsonl")
+    assert not list((run.folder / "embeddings").iterdir())
+
+
 def test_pairs_that_changed_since_training_are_refused(run):
     run.update(split_hash="0" * 16)
     with pytest.raises(ValueError, match="have changed since"): evaluate(run)
@@ -146,6 +244,12 @@ def test_model_folders_and_missing_runs(run, tmp_path):
     assert report["image_to_text"] == evaluate(run, SOURCE)["image_to_text"]
     with pytest.raises(ValueError, match="name a source"): evaluate(run.model_folder)
     with pytest.raises(FileNotFoundError): evaluate("no-such-run")
+
+
+def test_an_unfinished_run_has_no_model_yet(tmp_path):
+    run = new_run(load_recipe("phantom", f"data.source={SOURCE}", "data.sizes=null"), tmp_path / "runs")
+    for source in (None, SOURCE):
+        with pytest.raises(FileNotFoundError, match="its training did not end. Go on with it by --resume"): evaluate(run, source)
 
 
 def test_slugs_are_file_names():

@@ -9,13 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from encoders import CAPTIONS, SMALL_TEXT, embeddings
 from radclip.folder import DualEncoder, fingerprint, load_model, save_model
 from radclip.model import build_model, encode_images, encode_texts
 
-CAPTIONS = ["Frontal chest radiograph shows a large right pleural effusion.",
-            "Axial CT of the head with a small left subdural hematoma.",
-            "No pleural effusion or pneumothorax.", "Ultrasound of the kidney with a stone."] * 3
-SMALL_TEXT = {"text_width": 32, "text_layers": 2, "text_heads": 2, "context_length": 24}
 KINDS = {
     "phantom": {"kind": "phantom"},
     "timm-eos": {"kind": "timm", "image_tower": "resnet18", "image_size": 64, **SMALL_TEXT},
@@ -28,16 +25,6 @@ KINDS = {
                      **SMALL_TEXT, "text_layers": 0},
     "siglip": {"kind": "phantom", "init_logit_scale": 2.3, "init_logit_bias": -10.0},
 }
-
-
-def pixels(encoder, n=3, seed=0):
-    size = encoder.model.visual.preprocess_cfg["size"]
-    size = (size, size) if isinstance(size, int) else size
-    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
-
-
-def embeddings(encoder):
-    return encode_images(encoder, pixels(encoder)), encode_texts(encoder, CAPTIONS[:4])
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from datasets import Image as HubImage
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from radclip.pairs import as_list, check_image, clean_rows, guess_columns, make_table, need_columns, pairs_features, read_csv, read_lines, skip_summary
+from radclip.pairs import as_list, check_image, clean_rows, guess_columns, make_table, map_columns, need_columns, pairs_features, read_csv, read_lines, skip_summary
 
 
 def png(grey=0, kind="PNG", size=(16, 16)):
@@ -116,6 +116,15 @@ def test_check_image(tmp_path):
 def test_missing_column_names_those_present_and_the_nearest():
     with pytest.raises(ValueError, match=r"^x\.csv: no column 'caption' \(did you mean 'captoin'\?\); it has image, captoin$"): need_columns(["image", "captoin"], [("caption", "captions")], "x.csv")
     need_columns(["captions"], [("caption", "captions")], "x.csv")
+
+
+def test_a_borrowed_mapping_is_dropped_where_it_does_not_fit():
+    columns, there = {"captions": "text", "group": "case_id"}, ["image", "captions", "case_id"]
+    assert map_columns(None, there, "x") == {} and map_columns({"group": "case_id"}, there, "x") == {"group": "case_id"}
+    with pytest.raises(ValueError, match=r"^x: no column 'text', which .* names as captions; it has image, captions, case_id$"): map_columns(columns, there, "x", there, "jsonl")
+    assert map_columns(columns, there, "x", there, "jsonl", "jsonl") == {"group": "case_id"}
+    with pytest.raises(ValueError, match="'text'"): map_columns(columns, ["image", "words"], "x", ["image", "words"], "jsonl", "jsonl")
+    assert map_columns(columns, ["image", "words"], "x", ["image", "words"], "openi", "jsonl") == {}  # its reader knows its own columns
 
 
 texts = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1).map(str.strip).filter(bool)

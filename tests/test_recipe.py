@@ -1,12 +1,13 @@
 "Recipes: what they accept, what they refuse and how; variables, stand-ins, run folders."
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
 
 from radclip.contrastive import build_contrastive
-from radclip.recipe import Recipe, Run, TrainConfig, changed_settings, find_run, list_recipes, load_recipe, new_run, unfinished_run, valid_keys
+from radclip.recipe import Recipe, Run, TrainConfig, changed_settings, clear_leftovers, find_run, list_recipes, load_recipe, new_run, unfinished_run, valid_keys
 
 PACKAGED = ["phantom", "roco-vitb32-v1", "roco-vitb16-v2", "iuxray-resnet18-distilbert", "flickr8k-zeroshot", "flickr8k-margin",
             "biomedclip-zeroshot", "pubmedclip-zeroshot", "medpix", "flickr8k-mobilenet"]
@@ -145,6 +146,51 @@ def test_finding_runs(tmp_path, monkeypatch):
     os.rename(tmp_path, tmp_path.with_name("moved"))
     assert find_run(out=tmp_path.with_name("moved")).folder.name == other.folder.name  # latest.txt still says the old place
     os.rename(tmp_path.with_name("moved"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_run(tmp_path, monkeypatch, name):
+    run = new_run(load_recipe("phantom"), tmp_path)
+    monkeypatch.chdir(run.folder)  # where "" would lead
+    with pytest.raises(ValueError, match="the run has an empty name"): find_run(name, tmp_path)
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    new_run(load_recipe("phantom"), tmp_path)
+    for name in ("*", "ph?ntom", "[p]hantom"):
+        with pytest.raises(FileNotFoundError, match="no run at"): find_run(name, tmp_path)
+        with pytest.raises(FileNotFoundError, match="no unfinished run"): unfinished_run(name, tmp_path)
+
+
+def test_the_nearest_recipe_or_all():
+    assert refused("fantom").endswith("did you mean phantom?")
+    far = refused("xyzzy")
+    assert "did you mean" not in far and far.endswith("the recipes there are: " + ", ".join(list_recipes()))
+
+
+def test_a_model_setting_that_would_be_ignored_is_refused():
+    said = refused("phantom", "model.name=ViT-B-32")
+    assert said == "recipe phantom: model: name is not read by kind phantom (by open_clip, transformers): leave it out, or set it to null"
+    assert load_recipe("roco-vitb32-v1", "model.kind=phantom", "model.name=null", "model.pretrained=null").model.kind == "phantom"
+
+
+def test_every_packaged_recipe_loads_with_and_without_its_stand_ins(monkeypatch):
+    for name in ("RADCLIP_DATA", "RADCLIP_WEIGHTS"): monkeypatch.setenv(name, "/there")
+    for name in list_recipes():
+        for stand_in in (True, False):
+            if name != "phantom" or not stand_in: assert load_recipe(name, stand_in=stand_in)
+
+
+def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
+    run = new_run(load_recipe("phantom"), tmp_path)
+    whole = sorted(p.relative_to(run.folder) for p in run.folder.rglob("*"))
+    for name in (".run.json.41-7", ".recipe.yaml.41-7", ".metrics.csv.41-7", "checkpoints/.last.ckpt.41", ".model-abc/config.json", ".model-abc-old/x"):
+        (run.folder / name).parent.mkdir(exist_ok=True)
+        (run.folder / name).write_text("half")
+    for name in ("embeddings/.test.safetensors.9", ".metrics.json.9-1"): (run.folder / name).write_text("another command is writing this")
+    clear_leftovers(run)
+    left = sorted(p.relative_to(run.folder) for p in run.folder.rglob("*"))
+    assert left == sorted([*whole, Path("embeddings/.test.safetensors.9"), Path(".metrics.json.9-1")])
 
 
 def test_changed_settings_are_paths():

@@ -203,6 +203,11 @@ def test_an_empty_table_and_a_wrong_kind(encoder, pairs):
         SearchIndex.build(encoder, pairs, kind="fast")
 
 
+def test_an_unfinished_run_can_not_be_searched_with(tmp_path, pairs):
+    from radclip.recipe import load_recipe, new_run
+    with pytest.raises(FileNotFoundError, match="its training did not end"): SearchIndex.build(new_run(load_recipe("phantom"), tmp_path), pairs)
+
+
 def test_tune_keeps_the_cheapest_above_the_target(encoder, pairs, tmp_path):
     texts = sum(len(row) for row in pairs["captions"])
     made = SearchIndex.build(encoder, pairs, kind="hnsw", embeddings=(unit(COUNT, 1), unit(texts, 2)))
@@ -254,6 +259,20 @@ def test_a_row_may_have_fewer_negatives_than_asked(encoder, pairs):
     texts = sum(len(row) for row in few["captions"])
     mined = mine_hard_negatives(encoder, few, n=8, embeddings=(unit(4, 1), unit(texts, 2)))
     assert list(mined["negatives"])[:3] == [["im3"]] * 3 and set(mined["negatives"][3]) == {"im0", "im1", "im2"}
+
+
+def test_unreadable_images_are_no_negatives(encoder, tmp_path):
+    paths = [tmp_path / f"{row}.png" for row in range(12)]
+    for row, path in enumerate(paths): Pil.fromarray(np.random.default_rng(row).integers(0, 255, (32, 32), dtype=np.uint8)).save(path)
+    text = Value("string")
+    table = Dataset.from_dict({"image": list(map(str, paths)), "captions": [[f"finding {row}", "a detail"][: 1 + (row == 2)] for row in range(12)],
+                               "image_id": [f"im{row}" for row in range(12)], "group": [f"g{row}" for row in range(12)]},
+                              Features({"image": Image(), "captions": List(text), "image_id": text, "group": text}))
+    left = [row for row in range(12) if row not in (2, 7)]
+    wanted = mine_hard_negatives(encoder, table.select(left), n=3)
+    paths[2].write_bytes(paths[2].read_bytes()[:80]), paths[7].unlink()
+    with pytest.warns(UserWarning, match=r"2 of 12 images can't be read and are left out: row 2 \(im2\)"): mined = mine_hard_negatives(encoder, table, n=3)
+    assert mined["image_id"][:] == [f"im{row}" for row in left] and mined["negatives"][:] == wanted["negatives"][:]
 
 
 def test_mined_file_is_what_training_reads(encoder, pairs, tmp_path):

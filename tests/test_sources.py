@@ -118,7 +118,7 @@ def test_no_network_is_one_line(monkeypatch):
     ("rocv2", ValueError, "did you mean 'rocov2'"), ("jsonl", ValueError, "needs a path"), ("jsonl:/no/such", FileNotFoundError, "/no/such"), ("nothing-like-it", ValueError, "known: phantom"),
     ("phantom:many", ValueError, "whole numbers"), ("disk:{tmp}", FileNotFoundError, "parquet"), ("roco:{tmp}", FileNotFoundError, "train/radiology"), ("rocov2:{tmp}", FileNotFoundError, "captions.csv"),
     ("openi:{tmp}", FileNotFoundError, "indiana_reports.csv"), ("flickr8k:{tmp}", FileNotFoundError, "captions.txt"), ("images:{tmp}", ValueError, "no csv"), ("jsonl:{tmp}", FileNotFoundError, "pairs.jsonl"),
-    ("{tmp}", ValueError, "a path needs its kind"), ("radiology_mini:{tmp}", FileNotFoundError, "parquet"), ("dicom:{tmp}", ValueError, "none of 0 rows")])
+    ("{tmp}", ValueError, "a path needs its kind"), ("radiology_mini:{tmp}", FileNotFoundError, "parquet"), ("dicom:{tmp}", FileNotFoundError, "no DICOM files here")])
 def test_wrong_sources(source, error, says, tmp_path):
     with pytest.raises(error, match=re.escape(says)) as e: read_source(source.format(tmp=tmp_path))
     assert "\n" not in str(e.value)
@@ -135,6 +135,16 @@ def jsonl(tmp_path, *lines):
 
 
 GOOD = {"image": "a.png", "caption": "chest", "split": "dev", "case_id": "P1"}
+
+
+def test_one_image_has_one_name(tmp_path):
+    lines = [GOOD, {"image": "./a.png", "caption": "lungs", "split": "dev", "case_id": "P1"}, {"image": ".//b.png", "caption": "x"}, {"image": str(tmp_path / "c.png"), "caption": "y"}]
+    table = read_source(jsonl(tmp_path, *lines), skipped := [])
+    assert table["captions"][:] == [["chest", "lungs"], ["x"], ["y"]] and table["image_id"][:] == ["a.png", "b.png", str(tmp_path / "c.png")] and skipped == []
+    mapped = read_source(jsonl(tmp_path, *({"file": line["image"], "caption": line["caption"]} for line in lines)), columns={"image": "file"})
+    assert mapped["image_id"][:] == table["image_id"][:] and mapped["captions"][:] == table["captions"][:]
+    read_source(jsonl(tmp_path, GOOD, {"image": "http://a.org/b.png", "caption": "x"}, {"image": "", "caption": "x"}), skipped)
+    assert [s["why"] for s in skipped] == [f"image file is missing: {tmp_path}/http://a.org/b.png", "no image given"]
 
 
 def test_jsonl_faults_are_counted_with_line_numbers(tmp_path):
@@ -373,6 +383,13 @@ def test_dicom_rescale_goes_before_the_window(tmp_path):
     dicom(tmp_path / "ct.dcm", stored, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
     grey = np.asarray(readers.dicom_image(tmp_path / "ct.dcm")[0])
     assert grey[0, 0] == 0 and abs(int(grey[4, 4]) - 128) <= 1  # 40 HU is the middle of the window
+
+
+def test_a_folder_without_dicom_files_says_so(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="no DICOM files here; dicom: wants the folder"): read_source(f"dicom:{tmp_path}")
+    dicom(tmp_path / "a.dcm", np.zeros((8, 8)), ImageComments="x")
+    with pytest.raises(FileNotFoundError, match="a.dcm: no DICOM files here"): read_source(f"dicom:{tmp_path / 'a.dcm'}")
 
 
 def test_dicom_folder(tmp_path):

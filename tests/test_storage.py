@@ -180,6 +180,37 @@ def test_thumbnail_of_a_row_is_that_rows_image(encoder):
         index.rows.find("im9999")
 
 
+def spoilt(table, rows):
+    "The table with the bytes of some images cut short."
+    stored = table.cast_column("image", Image(decode=False))["image"][:]
+    for row in rows: stored[row] = {"bytes": stored[row]["bytes"][:80], "path": None}
+    feature = Features({"image": Image(decode=False)})
+    return table.remove_columns("image").add_column("image", stored, feature=feature["image"]).cast_column("image", Image())
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_unreadable_images_are_left_out_of_an_index(encoder, given, monkeypatch):
+    monkeypatch.setattr("radclip.storage.ROW_GROUP", 8)
+    lost, count = [0, 5, 11, *range(16, 24)], 26  # the third group has nothing left
+    table = spoilt(pairs(count), lost)
+    kept = table.select([row for row in range(count) if row not in lost])
+    embeddings = None
+    if given:  # of the whole table: the images were readable when they were embedded
+        whole = pairs(count)
+        embeddings = encode_images(encoder, whole), encode_texts(encoder, [text for row in whole["captions"] for text in row])
+    with pytest.warns(UserWarning, match=r"11 of 26 images can't be read and are left out: row 0 \(im0\): .*row 5 \(im5\).*; and 6 more"):
+        index = SearchIndex.build(encoder, table, embeddings=embeddings)
+    clean = SearchIndex.build(encoder, kept)
+    assert index.rows.table.equals(clean.rows.table) and index.info["split_hash"] == clean.info["split_hash"] and index.info["sizes"] == clean.info["sizes"]
+    for side in ("images", "texts"): assert np.allclose(index.sides[side].vectors, clean.sides[side].vectors, atol=1e-5)
+    for row in range(len(kept)):
+        assert index.rows.thumbnail(row) == shrink(kept[row]["image"])
+
+
+def test_an_index_of_unreadable_images_is_one_error(encoder):
+    with pytest.raises(ValueError, match=r"none of the 4 images can be read; row 0 \(im0\)"): SearchIndex.build(encoder, spoilt(pairs(4), range(4)))
+
+
 @pytest.mark.parametrize("mode, expected", [("L", "L"), ("RGB", "RGB"), ("RGBA", "RGB"), ("I;16", "L"), ("I", "L"), ("F", "L"), ("1", "L"), ("P", "RGB")])
 def test_thumbnails_of_every_kind_of_image(mode, expected):
     import io

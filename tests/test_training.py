@@ -85,7 +85,9 @@ def test_resume_from_any_step(tmp_path, monkeypatch, uninterrupted, stop):
     monkeypatch.setattr(training.Book, "save", save_and_stop)
     with pytest.raises(Stop): fit(tiny(checkpoint_every=1), out=tmp_path, quiet=True)
     monkeypatch.setattr(training.Book, "save", save)
+    (half := find_run(out=tmp_path).folder / ".run.json.41-7").write_text("{")  # as a kill in the middle of a write leaves it
     assert len(uninterrupted) == 10 and losses(fit(tiny(checkpoint_every=1), out=tmp_path, resume=True, quiet=True)) == uninterrupted
+    assert not half.exists()
 
 
 def test_ctrl_c_stops_and_the_next_one_is_heard(tmp_path, monkeypatch, uninterrupted):

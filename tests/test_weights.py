@@ -2,28 +2,14 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
 
+from encoders import CAPTIONS, SMALL_TEXT, embeddings
 from radclip.folder import load_model, save_model
-from radclip.model import build_model, encode_images, encode_texts
+from radclip.model import build_model, encode_texts
 
-CAPTIONS = ["Frontal chest radiograph shows a large right pleural effusion.",
-            "Axial CT of the head with a small left subdural hematoma.",
-            "No pleural effusion or pneumothorax.", "Ultrasound of the kidney with a stone."] * 3
 WEIGHTS = os.environ.get("RADCLIP_WEIGHTS")
-SMALL_TEXT = {"text_width": 32, "text_layers": 2, "text_heads": 2, "context_length": 24}
-
-
-def pixels(encoder, n=3, seed=0):
-    size = encoder.model.visual.preprocess_cfg["size"]
-    size = (size, size) if isinstance(size, int) else size
-    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
-
-
-def embeddings(encoder):
-    return encode_images(encoder, pixels(encoder)), encode_texts(encoder, CAPTIONS[:4])
 
 
 # --- transformers' CLIP ---------------------------------------------------------------------------------------------

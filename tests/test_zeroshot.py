@@ -72,6 +72,20 @@ def test_report_counts_right_first_choices():
     with pytest.raises(ValueError, match="do not fit"): zero_shot_report(chances, [0, 1], ["a", "b", "c"])
 
 
+def test_concepts_of_unreadable_images_do_not_count():
+    from datasets import Image
+    from radclip.folder import load_model
+    from radclip.phantom import phantom_pairs
+    encoder, pairs = load_model("phantom"), phantom_pairs(40)
+    names = {cui: "pleural effusion" for cui in {c for row in pairs["concepts"][:] for c in row}}
+    stored = pairs.select_columns(["image"]).cast_column("image", Image(decode=False))["image"][:]
+    for row in (1, 30): stored[row] = {"bytes": stored[row]["bytes"][:60], "path": None}
+    broken = pairs.remove_columns("image").add_column("image", stored, feature=Image(decode=False)).cast_column("image", Image())
+    with pytest.warns(UserWarning, match=r"2 of 40 images can't be read and are left out: row 1 \(.*row 30 \("): rows = concept_report(encoder, broken, names, least=3)
+    assert rows == concept_report(encoder, pairs.select([row for row in range(40) if row not in (1, 30)]), names, least=3)
+    with pytest.raises(ValueError, match="image 1 .* can't be read"): zero_shot(encoder, broken, ["mass", "effusion"])  # a row for each image
+
+
 def test_concepts_are_asked_one_by_one(encoder):
     names = {"C0032326": "pneumothorax", "C0032227": "effusion", "C0577559": "mass"}
     held = [["C0032326"], ["C0032326", "C0032227"], [], ["C0032227"], [], []]
