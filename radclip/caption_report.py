@@ -6,17 +6,17 @@
 __all__ = ['WORD_SCORES', 'SHOWN', 'MARKS', 'set_scores', 'concept_rows', 'caption_report', 'format_caption_report',
            'colour_words']
 
-# %% ../nbs/34_caption_report.ipynb #b21cde8d
+# %% ../nbs/34_caption_report.ipynb #e61ab6c5
 import html
 from itertools import groupby
 
 import numpy as np
 
-# %% ../nbs/34_caption_report.ipynb #7d63196c
+# %% ../nbs/34_caption_report.ipynb #7fadd497
 from .caption_scores import bleu_counts, bleu_of, check_captions, cider_rows, diversity, meteor_rows, normalise_caption, rouge_rows
 from .concepts import Phrases, compare_mentions, find_concepts, phantom_dictionary, split_words
 
-# %% ../nbs/34_caption_report.ipynb #cc703255
+# %% ../nbs/34_caption_report.ipynb #dc767844
 def set_scores(
     said: set,  # concepts that the caption affirms
     true: set,  # concepts of the image
@@ -53,7 +53,7 @@ def concept_rows(
         add("negation_error", bool(found.negation), bool(found.shared))
     return {name: np.array(values, float) for name, values in rows.items()}
 
-# %% ../nbs/34_caption_report.ipynb #bba82b05
+# %% ../nbs/34_caption_report.ipynb #d0c74e39
 def _word_rows(candidates: list[str], references: list[list[str]]) -> tuple[dict, np.ndarray]:
     "Scores that are means over rows, as [N, 2] fractions, and the counts of BLEU."
     rows = rouge_rows(candidates, references) | {"CIDEr": cider_rows(candidates, references), "METEOR_stem": meteor_rows(candidates, references)}
@@ -83,7 +83,7 @@ def _figures(rows: dict, counts: np.ndarray, draws: np.ndarray) -> dict:
     for name, value in bleu_of(counts.sum(0)).items(): out |= {name: value, f"{name}_ci95": _middle(np.array([d[name] for d in drawn]))}
     return out
 
-# %% ../nbs/34_caption_report.ipynb #75ac0b99
+# %% ../nbs/34_caption_report.ipynb #ccb076e4
 WORD_SCORES = ("ROUGE-1", "ROUGE-L", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr", "METEOR_stem")
 
 
@@ -112,7 +112,7 @@ def caption_report(
             **{f"{kind}_rows": int(meaning[f"{kind}_error"][:, 1].sum()) for kind in ("laterality", "negation")},
             **diversity(candidates), "length_ratio": float(counts[:, 0].sum() / max(1, counts[:, 1].sum())), "raw": {name: raw[name] for name in WORD_SCORES}}
 
-# %% ../nbs/34_caption_report.ipynb #3b735e65
+# %% ../nbs/34_caption_report.ipynb #5dd82cfe
 SHOWN = (*WORD_SCORES, "concept_precision", "concept_recall", "concept_F1", "concept_F1_micro", "concept_F1_text", "laterality_error", "laterality_differs", "negation_error",
          "distinct_1", "distinct_2", "most_frequent_share", "length_ratio")
 
@@ -136,7 +136,7 @@ def format_caption_report(
     lines.append(line("rows with a side", [f"{r['laterality_rows']:,}" for r in columns.values()]))
     return "\n".join([*lines, line("rows with a finding", [f"{r['negation_rows']:,}" for r in columns.values()])])
 
-# %% ../nbs/34_caption_report.ipynb #1c7a9dcb
+# %% ../nbs/34_caption_report.ipynb #5fd56f0e
 MARKS = {"side": ("the other side", "color:#b34700;font-weight:700;text-decoration:underline double"),
          "negation": ("there in one, absent in the other", "color:#8c2d73;font-weight:700;text-decoration:underline wavy"),
          "extra": ("only here", "color:#6b5900;font-style:italic;text-decoration:underline dashed"),

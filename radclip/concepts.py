@@ -8,7 +8,7 @@ __all__ = ['ENDS', 'TOKEN', 'MODALITIES', 'SEEN', 'NOT_EXCLUDED', 'CUES', 'SENTE
            'split_words', 'Phrases', 'phantom_dictionary', 'load_dictionary', 'Mention', 'find_concepts', 'affirmed',
            'Contradictions', 'compare_mentions', 'contradictions']
 
-# %% ../nbs/32_concepts.ipynb #4fd66fb5
+# %% ../nbs/32_concepts.ipynb #647eff0e
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import yaml
 
-# %% ../nbs/32_concepts.ipynb #e0c23667
+# %% ../nbs/32_concepts.ipynb #acf991e0
 from .findings import vocabulary
 from .pairs import read_csv
 
-# %% ../nbs/32_concepts.ipynb #2ebf26dd
+# %% ../nbs/32_concepts.ipynb #95b41784
 ENDS = {"oraces": "orax", "stases": "stasis", "ctases": "ctasis", "noses": "nosis", "boses": "bosis", "sses": "ss", "xes": "x",
         "ches": "ch", "ies": "y", "uses": "us", "culi": "culus", "ss": "ss", "us": "us", "is": "is", "s": ""}  # the first that fits, plural → singular
-TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['’][^\W\d_]+)?|(?<=\s)[-–](?=\s)|[—.,;:!?\n]")
+TOKEN = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+(?:['’][^\W\d_]+)?|(?<=\s)[-–](?=\s)|[—.,;:!?()\n]")
 
 
 class Word(NamedTuple):
@@ -52,7 +52,7 @@ def split_words(
     "The words of a text in their plain form, with their places."
     return [Word(plain_word(m[0]), m.start(), m.end()) for m in TOKEN.finditer(text)]
 
-# %% ../nbs/32_concepts.ipynb #e3321227
+# %% ../nbs/32_concepts.ipynb #d00ee69e
 class Phrases(dict):
     """A dictionary {key: terms}, made ready for finding the terms in a text.
 
@@ -86,7 +86,7 @@ class Phrases(dict):
             if keys: yield at, end, keys
             at = end
 
-# %% ../nbs/32_concepts.ipynb #c04064df
+# %% ../nbs/32_concepts.ipynb #ce90ef82
 MODALITIES = {"C1306645": ["X-ray", "radiograph", "radiography", "plain film", "CXR", "frontal view of the chest", "lateral view of the chest"],
               "C0040405": ["CT", "computed tomography", "computerized tomography", "CAT scan", "HRCT"],
               "C0024485": ["MRI", "MR", "magnetic resonance"],
@@ -100,7 +100,7 @@ def phantom_dictionary() -> Phrases:  # {CUI: terms}
     for f in vocabulary()["findings"]: terms.setdefault(f["cui"], []).extend([f["name"], *f["terms"]])
     return Phrases(terms)
 
-# %% ../nbs/32_concepts.ipynb #b046a2a2
+# %% ../nbs/32_concepts.ipynb #2557a5c4
 def load_dictionary(
     path,  # .yaml or .yml ({CUI: [terms]}), or .csv or .tsv (a CUI column and a term column)
 ) -> Phrases:  # {CUI: terms}
@@ -123,13 +123,13 @@ def load_dictionary(
     try: return Phrases(terms)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
 
-# %% ../nbs/32_concepts.ipynb #39cb9182
+# %% ../nbs/32_concepts.ipynb #7b6dab55
 SEEN = "seen identified present visualized visualised noted demonstrated detected evident appreciated observed found apparent shown".split()
 NOT_EXCLUDED = [f"{start} {end}" for start in ("not", "not be", "cannot", "cannot be", "not entirely", "not completely", "cannot be entirely", "not be entirely", "cannot be completely")
                 for end in ("excluded", "exclude", "ruled out", "rule out")]
 CUES = Phrases({
     "before": ["no", "not", "without", "w/o", "negative for", "absence of", "free of", "free from", "clear of", "lack of", "lacks", "lacking", "rules out", "excludes",
-               "ruled out for", "denies", "neither", "nor", "never", "rather than", "instead of", "resolution of", "removal of",
+               "ruled out for", "excluded a", "excluded an", "excluded any", "denies", "neither", "nor", "never", "rather than", "instead of", "resolution of", "removal of",
                *(f"{a} {b}" for a in ("not", "fails to", "failed to") for b in "show demonstrate reveal identify have see display detect suggest".split())],
     "after": ["absent", "ruled out", "excluded", "resolved", "unlikely", "negative", "none", "removed",
               *(f"{a} {b}" for a in ("not", "no longer", "not clearly", "not definitely") for b in SEEN)],
@@ -141,7 +141,7 @@ CUES = Phrases({
              "due to", "because", "which", "so", "there is", "there are", "shows", "showing", "showed", "demonstrates", "demonstrating", "demonstrated", "reveals",
              "revealing", "revealed", ":"]})
 
-# %% ../nbs/32_concepts.ipynb #e80a0d81
+# %% ../nbs/32_concepts.ipynb #31c258d9
 def _plain(words: str) -> set[str]: return {plain_word(w) for w in words.split()}
 
 
@@ -154,7 +154,7 @@ CHANGES = _plain("change increase decrease improvement progression worsening gro
 ALONE = _plain("absent excluded resolved unlikely negative none removed")
 PLACES = _plain("in on at of over from within along to by through")
 
-# %% ../nbs/32_concepts.ipynb #8a93e43f
+# %% ../nbs/32_concepts.ipynb #dd56ad4c
 def _no_change(words, at):
     "Whether `no …` speaks of a change: `no significant interval change in`."
     while at < len(words) and words[at] in QUALIFIERS: at += 1
@@ -163,9 +163,9 @@ def _no_change(words, at):
 
 def _stands(words, i, j):
     "Whether a cue behind its finding speaks of it, and of now: `is absent`, not `absent kidney`, not `not seen previously`."
-    if {"prior", "previous", "previously"} & set(words[j:j + 4]): return False
+    if {"prior", "previous", "previously", "earlier"} & set(words[j:j + 4]): return False
     before = words[i - 1] if i else ":"
-    return j - i > 1 or words[i] not in ALONE or before is None or before in {":", "now", *VERBS} or before.endswith("ly")
+    return j - i > 1 or words[i] not in ALONE or before is None and words[i] != "excluded" or before in {":", "(", "now", *VERBS} or (before or "").endswith("ly")
 
 
 def _taken_for_granted(words, at, k):
@@ -183,7 +183,7 @@ def _more(words, at, stops):
         if words[k] in {"or", "nor"}: return True
     return False
 
-# %% ../nbs/32_concepts.ipynb #808cf8a9
+# %% ../nbs/32_concepts.ipynb #c7952ab4
 def _forward(words, at, stops, narrow):
     "Places of the findings' words that a cue before `at` negates."
     passed = verb = closed = False  # a finding was passed, then a verb, then an `or`
@@ -192,7 +192,7 @@ def _forward(words, at, stops, narrow):
         if word is None:
             passed = True
             if not _taken_for_granted(words, at, k): yield k
-        elif word in SENTENCE or k in stops: return
+        elif word in SENTENCE or k in stops or word == ")" and "(" not in words[at:k]: return
         elif word in {",", "and"}:
             following = words[k + 1] if k + 1 < len(words) else None
             new = following and (following in STARTS or following[0].isdigit())
@@ -208,7 +208,7 @@ def _backward(words, at, stops):
     for k in range(at - 1, -1, -1):
         word = words[k]
         if word is None: passed = True; yield k
-        elif word in SENTENCE or passed and (word in VERBS or word == "," and not joined) or k in stops and (passed or word != ":"): return
+        elif word in SENTENCE or word == "(" and k < at - 1 or passed and (word in VERBS or word == "," and not joined) or k in stops and (passed or word != ":"): return
         joined = joined or word in {"and", "or", "nor"}
 
 
@@ -225,14 +225,14 @@ def _negations(
         for k in reached: found.setdefault(k, (i, j))
     return found
 
-# %% ../nbs/32_concepts.ipynb #d60a30a8
+# %% ../nbs/32_concepts.ipynb #9a1fc2d4
 SIDES = {**dict.fromkeys("left lt lul lll".split(), "left"), **dict.fromkeys("right rt rul rml rll".split(), "right"),
          **dict.fromkeys("bilateral bilaterally both bibasilar bibasal biapical bihilar either".split(), "bilateral")}
 ORGANS = _plain("ventricle ventricular atrium atrial heart coronary axis bundle")
 VIEWS = _plain("view decubitus projection film image position")
 MOVED = ("shift", "displac", "deviat", "rotat", "toward", "compar")
 CUTS = SENTENCE | {",", ":", "but", "without"} | _plain("shows showing showed demonstrates demonstrating demonstrated reveals revealing revealed with")
-LOOSE = _plain("greater more worse larger than sided side on the and")
+LOOSE = _plain("greater more worse larger than sided side on the and") | {"(", ")"}
 
 
 def _side_at(text: str, words: list[Word], k: int) -> str:
@@ -247,7 +247,7 @@ def _side_at(text: str, words: list[Word], k: int) -> str:
     if {"to", "toward", "from", "with"} & set(before[-2:]) and any(w.startswith(MOVED) for w in before): return ""  # a direction
     return SIDES.get(plain) or {"L": "left", "R": "right"}.get(said, "")
 
-# %% ../nbs/32_concepts.ipynb #36712e9b
+# %% ../nbs/32_concepts.ipynb #7c38db4a
 def _cut(words, i, j):
     "Where between two findings, in words `i` to `j`, what belongs to the first ends."
     if i == j or words[i] in CUTS or words[i] in {"and", "or", "nor"}: return i
@@ -281,7 +281,7 @@ def _sides(text: str, words: list[Word], spans: list) -> list:
         found.append(("bilateral" if len(sides) > 1 else next(iter(sides), ""), at))
     return found
 
-# %% ../nbs/32_concepts.ipynb #e2d9ec57
+# %% ../nbs/32_concepts.ipynb #9ca20202
 class Mention(NamedTuple):
     "A concept in a text."
 
@@ -320,7 +320,7 @@ def affirmed(
     "The concepts that a text says are there."
     return {m.cui for m in find_concepts(text, dictionary) if not m.negated}
 
-# %% ../nbs/32_concepts.ipynb #9ebc74dd
+# %% ../nbs/32_concepts.ipynb #1178462f
 class Contradictions(NamedTuple):
     "Where two texts contradict each other: pairs of mentions, the candidate's first."
 

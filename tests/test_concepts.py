@@ -146,6 +146,11 @@ def test_bad_dictionaries_end_in_one_line(tmp_path, name, text, said):
     ("Hemorrhage, absent kidney.", ["hemorrhage"]),
     ("The effusion is not resolved.", ["effusion"]),
     ("No findings consistent with hemorrhage.", ["no hemorrhage"]),
+    ("CT excluded a fracture and edema.", ["no fracture", "no edema"]),
+    ("Fracture (not seen here) and mass.", ["no fracture", "mass"]),
+    ("Effusion after drainage (tube not shown).", ["effusion"]),
+    ("The effusion (resolved) and a mass (no edema) with cyst.", ["no effusion", "mass", "no edema", "cyst"]),
+    ("The effusion was not seen on earlier imaging.", ["effusion"]),
     ("MASS. NO EFFUSION.", ["mass", "no effusion"]),
     ("Notable mass, nocturnal effusion, noted nodule.", ["mass", "effusion", "nodule"]),
 ])
