@@ -5,9 +5,10 @@ import pytest
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
 
-from radclip.freezing import (FreezeConfig, blocks_of, freeze, frozen_trunk, interpolate, parameter_groups, place, train_mode,
+from radclip.freezing import (FreezeConfig, blocks_of, freeze, interpolate, parameter_groups, place, train_mode,
                               trainable_table)
 from radclip.model import DualEncoder, build_model, save_model
+from radclip.trunks import frozen_trunk
 
 CAPTIONS = ["Large right pleural effusion.", "Small left subdural hematoma.", "No pneumothorax."] * 3
 VIT = {"image_size": 32, "layers": 6, "width": 64, "head_width": 32, "patch_size": 8}
@@ -162,8 +163,9 @@ def test_errors_say_what_is_wrong():
     model.text_projection = None
     with pytest.raises(ValueError, match="freeze.text: projection"):
         freeze(model, {"text": "projection"})
-    with pytest.raises(ValueError, match="no blocks"):
-        blocks_of(torch.nn.Linear(2, 2), "image")
+    assert blocks_of(torch.nn.Linear(2, 2), "image") == []
+    with pytest.raises(ValueError, match="text tower's parameter names show no blocks"):
+        freeze(build_model({**TIMM, "image_tower": "mobilenetv2_035", "text_pool": "mean", "text_layers": 0}, CAPTIONS).model, {"last": 0.3})
     with pytest.raises(ValueError, match="lst"):
         FreezeConfig(lst=0.3)
     with pytest.raises(ValueError):
