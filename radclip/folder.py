@@ -86,6 +86,7 @@ def _write_folder(encoder: DualEncoder, folder: Path, final: Path) -> None:
         model_cfg["text_cfg"] |= {"hf_model_name": str(final), "hf_model_pretrained": False}
     preprocess = {k: model.visual.preprocess_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     write_json(folder / CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors keeps its files to their owner alone
 
 # %% ../nbs/14_folder.ipynb #0aaf82a9
 def save_model(encoder: DualEncoder,  # from `build_model` or `load_model`

@@ -118,7 +118,7 @@ def _split_timm(tower: torch.nn.Module,  # open_clip's TimmModel
 def _agrees(tower: torch.nn.Module, trunk: Callable, head: Callable, size: tuple[int, ...]) -> bool:
     "Whether the two halves make the whole; they do not where a later block also looks at an earlier one."
     modes = {module: module.training for module in tower.modules()}
-    x = torch.linspace(-1, 1, 2 * math.prod(size), device=next(tower.parameters()).device).view(2, *size[1:])
+    x = torch.linspace(-1, 2, 2 * math.prod(size), device=next(tower.parameters()).device).view(2, *size[1:])
     tower.eval()
     try:
         return torch.allclose(head(trunk(x)), tower(x), rtol=1e-4, atol=1e-5)

@@ -99,6 +99,20 @@ def test_saving_over_a_folder_replaces_it_whole(phantom, tmp_path):
     assert not (tmp_path / "m" / "leftover.bin").exists()
 
 
+def test_who_may_read_the_config_may_read_the_weights(phantom, tmp_path):
+    "A server runs as another user than the one that trained."
+    save_model(phantom, tmp_path / "model")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o666 & ~current_umask()}
+
+
+def current_umask():
+    import os
+    old = os.umask(0)
+    os.umask(old)
+    return old
+
+
 def test_failed_save_leaves_the_old_model(phantom, tmp_path, monkeypatch):
     save_model(phantom, tmp_path / "m")
     before = fingerprint(tmp_path / "m")
