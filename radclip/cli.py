@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'AsJson', 'Out', 'RUN_HELP', 'RunName', 'Source', 'answers_only', 'plain', 'as_table', 'shown', 'answer',
            'error_line', 'recipe_needs', 'recipe_table', 'recipes', 'audited', 'data', 'split_words', 'train',
-           'evaluate', 'which_model', 'index', 'parse_filters', 'search', 'readable_image', 'classify', 'quickstart',
-           'settle_down', 'keep_freed_memory', 'reader_left', 'interrupted', 'run_command', 'main']
+           'evaluate', 'which_model', 'index', 'parse_filters', 'search', 'readable_image', 'classify', 'explain',
+           'quickstart', 'settle_down', 'keep_freed_memory', 'reader_left', 'interrupted', 'run_command', 'main']
 
 # %% ../nbs/31_cli.ipynb #c488d9f5
 import contextlib, io, json, math, os, re, shlex, shutil, sys, warnings
@@ -287,6 +287,27 @@ def classify(
                 for path, p in zip(images, zero_shot(encoder, opened, label).tolist())]
     table = as_table(["image", "label", *(f">{name}" for name in label)], [[r["image"], r["label"], *r["probabilities"].values()] for r in rows])
     answer(rows, table, as_json)
+
+# %% ../nbs/31_cli.ipynb #b7261132
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")], # picture
+    text: Annotated[str, typer.Option("--text", help="What to look for.")], # words
+    minus: Annotated[Optional[str], typer.Option("--minus", help="What to set it against, such as its negation.")] = None, # other words
+    run: Annotated[Optional[str], typer.Option("--run", help=RUN_HELP)] = None, # which model
+    method: Annotated[str, typer.Option("--method", help="gradcam, gradcam++, hirescam, layercam, scorecam, eigencam or rollout.")] = "gradcam", # how
+    layer: Annotated[Optional[list[str]], typer.Option("--layer", help="A layer of the image tower; may be repeated (default: the last one that has places).")] = None, # where in the tower
+    to: Annotated[Path, typer.Option("--out", help="The picture to write.")] = Path("heat.png"), # where to
+    runs: Annotated[str, typer.Option("--runs", help="The folder that holds all runs.")] = "runs", # folder of the runs
+    as_json: AsJson = False, # print JSON
+):
+    "Draw where a model sees a text in a picture."
+    opened = readable_image(image)
+    with answers_only():
+        from radclip.saliency import write_heatmap
+        told = {"image": str(image)} | write_heatmap(which_model(run, runs), opened, text, to, method, minus, layer or None)
+    where = "the map is the same everywhere" if told["peak"] is None else "strongest at {:.0%} from the left and {:.0%} from the top".format(*told["peak"])
+    answer(told, f"{shown(to)}: {where}; similarity {told['similarity']:.3f}\n{told['method']} at {', '.join(told['layer'])}", as_json)
 
 # %% ../nbs/31_cli.ipynb #04c28b8f
 @app.command()
