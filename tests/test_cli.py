@@ -136,7 +136,7 @@ def test_every_command_of_the_readme_exists(capsys):
     used = set(re.findall(r"^radclip (\w+)|&& radclip (\w+)", readme, re.M))
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
-    names = {"recipes", "data", "train", "evaluate", "index", "search", "classify", "quickstart"}
+    names = {"recipes", "data", "train", "evaluate", "index", "search", "classify", "explain", "quickstart"}
     assert {a or b for a, b in used} == names and all(re.search(rf"^  {n}\b", listed, re.M) for n in names)
 
 
@@ -176,6 +176,8 @@ def test_no_words_show_the_help(capsys):
     (["classify", "missing.png", "--label", "a", "--label", "b"], "missing.png"),
     (["classify", "missing.png"], "--label"),
     (["classify", "missing.png", "--label", "a"], "two"),
+    (["explain", "missing.png", "--text", "effusion"], "missing.png"),
+    (["explain", "missing.png"], "--text"),
     (["data", "fantom"], "phantom"),
     (["data", "jsonl:nowhere.jsonl"], "nowhere.jsonl"),
     (["data"], "RECIPE|SOURCE"),
@@ -436,6 +438,37 @@ def test_classify_names_the_picture_that_is_broken(here, picture, capsys):
     Path("half.png").write_bytes(picture.read_bytes()[:2000])
     assert cli.main(["classify", "half.png", str(picture), "--run", "phantom", "--label", "a", "--label", "b"]) == 2
     assert one_line(capsys).startswith("radclip: half.png can't be read as an image")
+
+
+EXPLAIN = ["--run", "phantom", "--text", "Right pleural effusion."]
+
+
+def test_explain_writes_the_picture_and_says_where(here, picture, capsys):
+    from radclip.gradcam import explain
+    assert cli.main(["explain", str(picture), *EXPLAIN]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("heat.png: strongest at ") and "trunk.blocks.2" in out and err == "" and Image.open("heat.png").format == "PNG"
+    options = ["--minus", "No pleural effusion.", "--method", "layercam", "--layer", "trunk.stem.1", "--layer", "trunk.blocks.2", "--out", "new/map.png", "--json"]
+    assert cli.main(["explain", str(picture), *EXPLAIN, *options]) == 0
+    told = strict(capsys.readouterr().out)
+    assert told["image"] == str(picture) and told["out"] == "new/map.png" and told["layer"] == ["trunk.stem.1", "trunk.blocks.2"] and Path("new/map.png").is_file()
+    heat = explain("phantom", picture, "Right pleural effusion.", "layercam", "No pleural effusion.", told["layer"])
+    x, y = told["peak"]
+    assert heat[int(y * len(heat)), int(x * heat.shape[1])] == heat.max()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--text", " "], "the text is empty"), (["--method", "gradcamm"], "did you mean 'gradcam'"), (["--method", "rollout"], "vision transformer"),
+    (["--layer", "trunk.block"], "trunk.blocks"), (["--out", "heat.txt"], "use .png"), (["--run", "nowhere"], "nowhere"), (["--minus", "Right pleural effusion."], "the same"),
+])
+def test_explain_says_what_is_wrong_in_one_line_and_writes_nothing(words, said, here, picture, capsys):
+    assert cli.main(["explain", str(picture), *EXPLAIN, *words]) == 2
+    assert said in one_line(capsys) and not list(here.iterdir())
+
+
+def test_explain_without_a_run_takes_the_newest(within, picture, capsys):
+    assert cli.main(["explain", str(picture), "--text", "effusion", "--out", "newest.png"]) == 0
+    assert "newest.png" in capsys.readouterr().out
 
 
 def test_classify_with_the_packaged_model(here, picture, capsys):
