@@ -148,7 +148,7 @@ def _build_phantom(config: CaptionerConfig, captions: Sequence[str] | None) -> C
     if tower:
         check_tower(tower, given, config.vision_from)
         given = {ours: tower.vision[theirs] for ours, theirs in VISION.items()} | tower.pixels | given
-    config = config.model_copy(update={"max_length": 80} | SIZES | TEXT | PIXELS | given)
+    config = CaptionerConfig(**({"max_length": 80} | SIZES | TEXT | PIXELS | given))
     tokenizer = train_word_pieces(captions, config.vocab_size)
     vision = {theirs: getattr(config, ours) for ours, theirs in VISION.items()} | {"initializer_range": 0.02}
     vision |= {"intermediate_size": 4 * config.vision_width} | (tower.vision if tower else {})
@@ -205,7 +205,7 @@ def _build_blip(config: CaptionerConfig, captions: Sequence[str] | None) -> Capt
     if config.image_size:
         resize_positions(model.vision_model, config.image_size)
     own |= {"image_size": model.config.vision_config.image_size, "max_length": min(hub.text_config.max_position_embeddings, 128)}
-    return as_captioner(model, tokenizer, config.model_copy(update=own | config.model_dump(exclude_none=True)))
+    return as_captioner(model, tokenizer, CaptionerConfig(**(own | config.model_dump(exclude_none=True))))
 
 # %% ../nbs/43_blip.ipynb #bd6791d4
 def _rgb(image):
