@@ -309,7 +309,7 @@ def refuse_other_folders(name: str | Path,  # what should be a captioner: a fold
         raise FileNotFoundError(f"no captioner in {name}: there is no such folder")
     if (folder / CONFIG).is_file():
         raise ValueError(f"{name} is a dual encoder, which compares images with texts and writes none: use it with radclip search "
-                         "or radclip evaluate, and give a captioner here (radclip train phantom-blip makes one)")
+                         "or radclip evaluate, and give a captioner's folder here (save_captioner writes one)")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no captioner in {name}: config.json is missing; give a folder written by save_captioner")
 
