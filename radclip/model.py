@@ -283,7 +283,7 @@ def _collect(total: int,        # rows
 
 def _joined(encoder: DualEncoder, parts: list[torch.Tensor]) -> torch.Tensor:
     "The parts as one [N, D]; D also where N is 0."
-    return torch.cat([torch.empty(0, encoder.model.model_cfg["embed_dim"]), *parts])
+    return torch.cat(parts) if parts else torch.empty(0, encoder.model.model_cfg["embed_dim"])
 
 # %% ../nbs/15_model.ipynb #331d879b
 def _array_reader(pixels: torch.Tensor, cfg: dict) -> Callable[[range], torch.Tensor]:
