@@ -10,9 +10,6 @@ __all__ = ['SIZES', 'TEXT', 'PIXELS', 'BASE', 'SETTINGS', 'caption_ids', 'captio
 # %% ../nbs/35_blip.ipynb #70f461d9
 import difflib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from .folder import CONFIG, write_json
+from .folder import CONFIG, replace_folder, write_json
 from .vision import VISION, Tower, add_pre_norm, check_tower, fill_vision, read_tower, resize_positions
 from .weights import clip_preprocess, fetch, pretrained_tokenizer, quiet
 
@@ -282,23 +279,8 @@ def save_captioner(captioner: Captioner,   # from `build_captioner` or `load_cap
     "Write a captioner in one step: a reader sees the old folder or the new one. Raises ValueError for kind auto."
     if captioner.config.kind == "auto":
         raise ValueError(f"{captioner.config.name} is of kind auto, which radclip neither trains nor saves: name it where it is needed")
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        with quiet():
-            _write_captioner(captioner, temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    with quiet():
+        return replace_folder(folder, lambda inside: _write_captioner(captioner, inside))
 
 # %% ../nbs/35_blip.ipynb #ecfd3237
 def refuse_other_folders(name: str | Path,  # what should be a captioner: a folder, or a hub ID

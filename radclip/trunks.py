@@ -114,17 +114,10 @@ def _split_timm(tower: torch.nn.Module,  # open_clip's TimmModel
     return (trunk, head) if _agrees(tower, trunk, head, size) else None
 
 # %% ../nbs/20_trunks.ipynb #18226789
-@torch.no_grad()
 def _agrees(tower: torch.nn.Module, trunk: Callable, head: Callable, size: tuple[int, ...]) -> bool:
     "Whether the two halves make the whole; they do not where a later block also looks at an earlier one."
-    modes = {module: module.training for module in tower.modules()}
     x = torch.linspace(-1, 2, 2 * math.prod(size), device=next(tower.parameters()).device).view(2, *size[1:])
-    tower.eval()
-    try:
-        return torch.allclose(head(trunk(x)), tower(x), rtol=1e-4, atol=1e-5)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    return _without_gradients(tower, lambda x: torch.allclose(head(trunk(x)), tower(x), rtol=1e-4, atol=1e-5))(x)
 
 # %% ../nbs/20_trunks.ipynb #be2f4f9f
 def _split_vit(tower: torch.nn.Module, start: int) -> Trunk | None:

@@ -111,6 +111,12 @@ def test_round_trip_is_bit_equal(small, tmp_path):
     assert not [p.name for p in (tmp_path / "moved").iterdir() if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
 
+def test_who_may_read_a_new_file_may_read_every_file_of_the_folder(small, tmp_path):
+    (tmp_path / "new").touch()
+    folder = save_captioner(small, tmp_path / "model")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_killed_save_leaves_the_old_folder(small, tmp_path):
     save_captioner(small, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
