@@ -17,20 +17,20 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/24_training.ipynb #3f024fe4
 import radclip
-from .contrastive import build_contrastive
 from .ranking import batch_recall
-from .recipe import Recipe, Run, changed_settings, clear_leftovers, find_run, load_recipe, new_run, unfinished_run, write_text
+from .recipe import Recipe, Run, changed_settings, clear_leftovers, find_run, load_recipe, new_run, of_task, unfinished_run, write_text
 
 # %% ../nbs/24_training.ipynb #9ec00d5e
 def rate_factor(step:int, # steps done
                 total:int, # steps in all
                 warmup:float=0.05, # share of all steps; from 1 on a number of steps
-                schedule:str="cosine", # cosine or constant
+                schedule:str="cosine", # cosine, linear or constant
                ) -> float: # 0 to 1
-    "What the peak learning rate is multiplied by: up in a straight line, then down along a cosine."
+    "What the peak learning rate is multiplied by: up in a straight line, then down along a cosine or another line."
     warm = warmup if warmup >= 1 else warmup * total
     if step < warm: return (step + 1) / (warm + 1)
-    return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1, (step - warm) / max(1, total - warm))))
+    done = min(1, (step - warm) / max(1, total - warm))
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
 
 # %% ../nbs/24_training.ipynb #dab0f44e
 class Stream:
@@ -326,7 +326,7 @@ def _calm():
 
 # %% ../nbs/24_training.ipynb #b8103572
 def fit(recipe, # Recipe, or what `load_recipe` takes
-        task=None, # what to train, see "Another task"; None: the recipe's dual encoder
+        task=None, # what to train, see "Another task"; None: the model of the recipe
         data=None, # its batches; goes with task
         report=batch_recall, # validation measure: (image_emb, text_emb, text_image) → nested dict of figures
         out="runs", # folder that holds all runs
@@ -337,7 +337,7 @@ def fit(recipe, # Recipe, or what `load_recipe` takes
     recipe, log = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Log(quiet)
     run = None if not resume else unfinished_run(recipe.name, out) if resume is True else find_run(resume, out)
     for note in recipe.stand_ins_used: log(note)
-    if task is None: recipe, task, data = build_contrastive(recipe, log, progress=not quiet and sys.stderr.isatty())
+    if task is None: recipe, task, data = of_task(recipe.task, "build")(recipe, log, not quiet and sys.stderr.isatty())
     state = _reopen(run, recipe, data) if run else None
     run = run or new_run(recipe, out)
     log.open(run.folder / "log.txt")

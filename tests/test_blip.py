@@ -225,7 +225,8 @@ def test_other_shapes_than_the_towers_are_refused(vit, tmp_path):
     stock_folder(tmp_path / "stock")
     with pytest.raises(ValueError, match="the shapes must be the same"):
         build_captioner({"kind": "blip", "name": str(tmp_path / "stock"), "vision_from": str(vit[1])})
-    with pytest.raises(ValueError, match="vision_from phantom: .*no plain ViT"): build_captioner({"vision_from": "phantom"}, CAPTIONS)
+    with pytest.raises(ValueError, match="vision_from phantom: .*no plain ViT"):
+        build_captioner({"kind": "blip", "name": str(tmp_path / "stock"), "vision_from": "phantom"})
 
 
 # --- refusals

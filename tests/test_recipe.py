@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from radclip.contrastive import build_contrastive
-from radclip.recipe import Recipe, Run, TrainConfig, changed_settings, clear_leftovers, find_run, list_recipes, load_recipe, new_run, unfinished_run, valid_keys
+from radclip.recipe import Recipe, Run, TrainConfig, changed_settings, clear_leftovers, find_run, list_recipes, load_recipe, new_run, of_task, unfinished_run, valid_keys
 
 PACKAGED = ["phantom", "roco-vitb32-v1", "roco-vitb16-v2", "iuxray-resnet18-distilbert", "flickr8k-zeroshot", "flickr8k-margin",
             "biomedclip-zeroshot", "pubmedclip-zeroshot", "medpix", "flickr8k-mobilenet"]
@@ -203,3 +203,11 @@ def test_every_key_can_be_listed():
     keys = valid_keys(Recipe)
     assert {"data.source", "train.freeze.image", "train.augment.rotate", "loss.name"} <= set(keys) and len(keys) == len(set(keys))
     assert set(k.removeprefix("train.") for k in keys if k.startswith("train.") and k.count(".") == 1) == set(TrainConfig.model_fields)
+
+
+def test_a_task_brings_its_own_parts(tmp_path):
+    assert of_task("contrastive", "recipe") is Recipe and of_task("contrastive", "build") is build_contrastive
+    with pytest.raises(ValueError, match="no task 'contrastiv': did you mean contrastive?"): of_task("contrastiv", "recipe")
+    (tmp_path / "odd.yaml").write_text("task: draw\n")
+    with pytest.raises(ValueError, match="recipe odd: no task 'draw': there are contrastive"): load_recipe(tmp_path / "odd.yaml")
+    with pytest.raises(ValueError, match="a recipe of another task has other settings"): load_recipe("phantom", "task=draw")

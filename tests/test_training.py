@@ -314,6 +314,7 @@ def test_learning_rate_goes_up_and_down():
     assert all(a < b for a, b in zip(rates[:10], rates[1:10])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
     assert [rate_factor(s, 100, 10) for s in range(100)] == rates
     assert rate_factor(99, 100, 0.1, "constant") == 1
+    assert rate_factor(10, 110, 10, "linear") == 1 and abs(rate_factor(60, 110, 10, "linear") - 0.5) < 1e-9 and rate_factor(110, 110, 10, "linear") == 0
 
 
 def test_a_checkpoint_that_fails_half_way_leaves_the_one_before(tmp_path, monkeypatch):
