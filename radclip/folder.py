@@ -57,8 +57,9 @@ def assemble(folder: str | Path,   # a folder with open_clip_config.json and, wh
     "Let open_clip create what the folder describes; the folder may have moved since it was written."
     import open_clip
 
-    from radclip import towers  # noqa: F401 (registers the phantom tower with timm)
+    from radclip import ngrams, towers  # noqa: F401 (towers registers the phantom CNN with timm)
 
+    ngrams.register_ngrams()
     folder = Path(folder).resolve()
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     options = {}

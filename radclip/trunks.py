@@ -181,9 +181,7 @@ def _split_bert(tower: torch.nn.Module,  # open_clip's HFTextEncoder
                 ) -> Trunk | None:
     "A BERT: its pooled vector if no block trains; otherwise its tokens, where the extra column marks what is no padding."
     bert, pad = tower.transformer, tower.config.pad_token_id
-    layers = getattr(getattr(bert, "encoder", None), "layer", None)
-    if layers is None:
-        return None
+    layers = getattr(getattr(bert, "encoder", None), "layer", ())  # a tower of word counts has none
 
     def tokens(ids):
         mask = (ids != pad).long()
@@ -205,8 +203,9 @@ def _split_bert(tower: torch.nn.Module,  # open_clip's HFTextEncoder
         mask = (ids != pad).long()
         return tower.pooler(bert(input_ids=ids, attention_mask=mask), mask)
 
-    whole = start == len(layers) and not any(p.requires_grad for p in bert.parameters())
-    return (pooled, tower.proj) if whole else (tokens, head)
+    if start == len(layers) and not any(p.requires_grad for p in bert.parameters()):
+        return pooled, tower.proj
+    return (tokens, head) if len(layers) else None
 
 
 @contextmanager

@@ -23,6 +23,8 @@ KINDS = {
                       "text_pool": "mean", "text_proj": "mlp", **SMALL_TEXT},
     "bag-of-words": {"kind": "timm", "image_tower": "test_resnet", "image_size": 160, "text_pool": "mean",
                      **SMALL_TEXT, "text_layers": 0},
+    "counted-words": {"kind": "timm", "image_tower": "test_resnet", "image_size": 160, "text_tower": "ngrams", "text_width": 16,
+                      "text_proj": "mlp"},
     "siglip": {"kind": "phantom", "init_logit_scale": 2.3, "init_logit_bias": -10.0},
 }
 

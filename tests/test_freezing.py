@@ -267,7 +267,12 @@ def test_layer_decay_of_a_bag_of_words_beside_a_deep_tower():
 
 
 def test_a_frozen_bag_of_words_is_stored_whole():
-    model = build_model({**TIMM, "image_tower": "regnetx_002", "text_pool": "mean", "text_layers": 0}, CAPTIONS).model.eval()
+    for text in ({"text_pool": "mean", "text_layers": 0, "text_width": 32, "text_heads": 2}, {"text_tower": "ngrams", "text_width": 8}):
+        stored_whole(build_model({"kind": "timm", "image_size": 64, "context_length": 12, "image_tower": "regnetx_002", **text}, CAPTIONS).model.eval())
+
+
+def stored_whole(model):
+    "Both sides of a model of which the projections alone train."
     freeze(model, {"image": "projection", "text": "projection"})
     images, tokens = torch.randn(2, 3, 64, 64), torch.randint(1, 9, (2, 12))
     for side, x, encode in (("image", images, model.encode_image), ("text", tokens, model.encode_text)):
