@@ -1,7 +1,7 @@
 """The notebooks' upkeep: badges and install cell, execution with stored outputs, and the check of both.
 
     python tests/notebooks.py                 write badges and install cells, the tables of chapters, the home picture
-    python tests/notebooks.py 16_losses --run run a notebook, store its outputs, clean it
+    python tests/notebooks.py 17_losses --run run a notebook, store its outputs, clean it
     python tests/notebooks.py --check         say what is wrong, change nothing (exit code 1 if anything is)
 """
 import argparse
