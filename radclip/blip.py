@@ -271,15 +271,15 @@ def _build_auto(config: CaptionerConfig, captions: Sequence[str] | None) -> Capt
 def add_concept_head(model: torch.nn.Module,  # a BLIP
                      concepts: int,           # how many CUIs
                      ) -> None:
-    "Add a linear layer from the mean of the image's vectors to one logit for each concept."
+    "Add a linear layer from a vector to one logit for each concept."
     model.concept_head = torch.nn.Linear(model.config.vision_config.hidden_size, concepts)
 
 
 def concept_logits(model: torch.nn.Module,      # a BLIP with a concept head
                    image_embeds: torch.Tensor,  # [B, T, D], which the model's output has
                    ) -> torch.Tensor:           # [B, C], C in the order of the config's `concepts`
-    "How strongly the image speaks for each concept: one forward pass gives caption loss and concepts."
-    return model.concept_head(image_embeds.mean(1))
+    "How strongly the image speaks for each concept, where it does so most: a nodule is in one cell, and a mean over all cells would drown it."
+    return model.concept_head(image_embeds[:, 1:]).amax(1)
 
 # %% ../nbs/37_blip.ipynb #b03db5e7
 def build_captioner(config: CaptionerConfig | dict | str,     # what to build

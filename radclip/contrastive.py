@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCHNORM_WARNING', 'TrainPairs', 'read_negatives', 'add_texts', 'PairBatches', 'padding_id', 'encode_by_length',
            'TwoTowers', 'matching', 'loss_of', 'flat_figures', 'ContrastiveTask', 'few_to_validate', 'fingerprint_of',
-           'store_images', 'store_texts', 'store_frozen', 'build_contrastive']
+           'store_images', 'store_texts', 'store_frozen', 'build_contrastive', 'or_stand_in']
 
 # %% ../nbs/24_contrastive.ipynb #b3024445
 import hashlib, math, os, shutil
@@ -392,18 +392,22 @@ def build_contrastive(recipe, # Recipe
                       progress:bool=False, # show bars
                      ): # (recipe, ContrastiveTask, PairBatches); the recipe with the stand-ins that were needed
     "Pairs, model, loss and batches as a recipe says. What can't be had is replaced by the recipe's stand-in, loudly."
-    recipe, pairs = _or_stand_in(recipe, "data", lambda r: prepare_pairs(r.data), say)
+    recipe, pairs = or_stand_in(recipe, "data", lambda r: prepare_pairs(r.data), say)
     splits = pairs["split"]
     captions = [text for split, texts in zip(splits, pairs["captions"]) if split == "train" for text in texts]
     captions += [text for name in recipe.train.also if name in pairs.column_names for split, text in zip(splits, pairs[name]) if split == "train" and text]
     torch.manual_seed(recipe.train.seed)
-    recipe, encoder = _or_stand_in(recipe, "weights", lambda r: build_model(r.model, captions=captions), say)
+    recipe, encoder = or_stand_in(recipe, "weights", lambda r: build_model(r.model, captions=captions), say)
     task = ContrastiveTask(encoder, recipe.loss, recipe.train)
     return recipe, task, PairBatches(pairs, encoder, recipe.train, progress)
 
 # %% ../nbs/24_contrastive.ipynb #1cd288a1
-def _or_stand_in(recipe, part, make, say):
-    "(recipe, what `make` gives); where a file or hub can't be reached, with the recipe's stand-in. Raises as `make` does if there is none."
+def or_stand_in(recipe, # of any task
+                part:str, # data or weights: what may have to be replaced
+                make, # recipe → what is wanted
+                say, # gets a line for the log
+               ): # (recipe, what `make` gives); where a file or hub can't be reached, both with the recipe's stand-in
+    "Make something a recipe asks for. Raises as `make` does if it can't be had and there is no stand-in."
     try: return recipe, make(recipe)
     except OSError as error:  # not found, no connection, hub offline
         if not getattr(recipe.stand_in, part): raise

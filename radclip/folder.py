@@ -130,6 +130,9 @@ def load_model(folder: str | Path = "phantom",  # a folder in open_clip's hub la
                ) -> DualEncoder:                # in eval mode
     "Load what `save_model` wrote. Raises FileNotFoundError for a missing part, ValueError for a broken one."
     folder = Path(__file__).parent / "phantom_model" if str(folder) == "phantom" else Path(folder)
+    if (folder / "captioner.json").is_file():
+        raise ValueError(f"{folder} is a captioner, which writes captions and compares nothing: use it with radclip caption or "
+                         "radclip evaluate, and give a dual encoder's folder here")
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"no model in {folder}: {CONFIG} is missing; give a folder written by save_model")
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):

@@ -89,20 +89,19 @@ def _auto_texts(captioner: Captioner, images: list, config: GenerateConfig) -> l
     return processor.batch_decode(ids, skip_special_tokens=True)
 
 # %% ../nbs/38_generation.ipynb #9e014f8e
-def _caption_reader(captioner: Captioner, images: Any):
+def _caption_reader(captioner: Captioner, images: Any, bad: dict[int, str] | None):
     "How many images there are, and a function from rows to what the model takes."
-    if bad := sorted(getattr(images, "bad", {})):
-        raise ValueError(f"row {bad[0]} of the pixel cache holds no image ({images.bad[bad[0]]}); leave {len(bad)} out: "
-                         "pass cache.pixels[cache.good]")
     if captioner.config.kind != "auto":
-        return image_reader(images, captioner.preprocess, pixel_cfg(captioner.config))
+        return image_reader(images, captioner.preprocess, pixel_cfg(captioner.config), bad=bad)
     from PIL import Image
 
     if hasattr(images, "to_float"):
+        if images.bad:
+            raise ValueError(f"image {min(images.bad)} can't be read: {images.bad[min(images.bad)]}; leave {len(images.bad)} out: pass cache.pixels[cache.good]")
         images = images.pixels
     if hasattr(images, "dtype"):
         images = [Image.fromarray(image) for image in np.asarray(images)]
-    return image_reader(images, captioner.preprocess, {}, stack=list)
+    return image_reader(images, captioner.preprocess, {}, stack=list, bad=bad)
 
 # %% ../nbs/38_generation.ipynb #4c2b0a40
 def caption_images(captioner: Captioner,      # from `load_captioner` or `build_captioner`
@@ -111,18 +110,21 @@ def caption_images(captioner: Captioner,      # from `load_captioner` or `build_
                    batch_size: int = 16,      # images at once; each takes memory for every beam
                    device: str | torch.device | None = None,  # None: where the model is
                    progress: bool = False,    # show a bar
+                   bad: dict[int, str] | None = None,  # gets row → why of images that can't be read, which have no caption then
                    ) -> list[str]:            # [N] captions
-    "Write a caption for each image. Raises ValueError for an unreadable image, and for weights with NaN."
+    "Write a caption for each image. Raises ValueError for weights with NaN and, where `bad` is None, for an unreadable image."
     from tqdm.auto import tqdm
 
     config = GenerateConfig(**(config or {})) if not isinstance(config, GenerateConfig) else config
-    total, read = _caption_reader(captioner, images)
+    total, read = _caption_reader(captioner, images, bad)
     if not all(p.isfinite().all() for p in captioner.model.parameters()):
         raise ValueError("the captioner's weights hold NaN or infinity: its training went wrong (pure fp16 does this)")
     texts = []
     with _evaluating(captioner.model, device) as where, quiet():
         for start in tqdm(range(0, total, batch_size), desc="caption images", disable=not progress):
             _, batch = read(range(start, min(start + batch_size, total)))
+            if batch is None:
+                continue
             if captioner.config.kind == "auto":
                 texts += _auto_texts(captioner, batch, config)
             else:

@@ -94,7 +94,9 @@ class Recipe(BaseModel):
 
 # %% ../nbs/22_recipe.ipynb #99e50139
 TASKS = {"contrastive": {"recipe": "radclip.recipe:Recipe", "build": "radclip.contrastive:build_contrastive",
-                         "evaluate": "radclip.evaluation:evaluate", "format": "radclip.evaluation:format_report"}}
+                         "evaluate": "radclip.evaluation:evaluate", "format": "radclip.evaluation:format_report"},
+         "caption": {"recipe": "radclip.captioning:CaptionRecipe", "build": "radclip.captioning:build_captioning",
+                     "evaluate": "radclip.caption_evaluation:evaluate_captions", "format": "radclip.caption_evaluation:format_evaluation"}}
 
 
 def of_task(task:str, # a recipe's task

@@ -263,7 +263,7 @@ def say_progress(book, # of this run
     loss = sum(losses) / len(losses) if losses else None
     left = book.seconds / engine.step * (engine.total - engine.step) if engine.step else 0
     told = [f"step {engine.step}/{engine.total}", f"loss {loss:.4f}" if losses else "untrained",
-            *([f"{book.monitor} {figures[book.monitor]:.4f}"] if figures else []), f"{left:.0f} s left" if 0 < engine.step < engine.total else ""]
+            *([f"validation {book.monitor} {figures[book.monitor]:.4f}"] if figures else []), f"{left:.0f} s left" if 0 < engine.step < engine.total else ""]
     book.log(" · ".join(t for t in told if t))
     chance = book.task.chance_loss(engine.data)
     if loss and chance and abs(loss / chance - 1) < 0.02:
