@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from .folder import CONFIG, replace_folder, write_json
-from .stem import add_stem, read_body, timm_body
+from .stem import add_overview, add_stem, read_body, timm_body
 from .vision import VISION, Tower, add_pre_norm, check_tower, fill_vision, read_tower, resize_positions
 from .weights import clip_preprocess, fetch, pretrained_tokenizer, quiet
 
@@ -138,18 +138,18 @@ def as_captioner(model: torch.nn.Module,    # a BLIP
     return Captioner(model, tokenizer, image_transform_v2(PreprocessCfg(**pixel_cfg(config)), is_train=False), config)
 
 # %% ../nbs/37_blip.ipynb #d518a781
-def _start(config: CaptionerConfig) -> tuple[dict, Tower | None, torch.nn.Module | None]:
-    "What a phantom captioner's vision encoder starts from: fields that follow from it, a ViT, a CNN."
+def _start(config: CaptionerConfig) -> tuple[dict, Tower | None, torch.nn.Module | None, torch.Tensor | None]:
+    "What a phantom captioner's vision encoder starts from: fields that follow from it, a ViT, a CNN, the projection behind the CNN."
     body = read_body(config.vision_from) if config.vision_from else None
     if body:
         if config.image_tower not in (None, body.name):
             raise ValueError(f"vision_from {config.vision_from} brings {body.name}: leave image_tower {config.image_tower} out")
-        return {"image_tower": body.name, **body.pixels}, None, body.module
+        return {"image_tower": body.name, **body.pixels}, None, body.module, body.head
     if config.vision_from:
         tower = read_tower(config.vision_from)
         check_tower(tower, config.model_dump(exclude_none=True), config.vision_from)
-        return {ours: tower.vision[theirs] for ours, theirs in VISION.items()} | tower.pixels, tower, None
-    return {}, None, timm_body(config.image_tower, config.image_weights) if config.image_tower else None
+        return {ours: tower.vision[theirs] for ours, theirs in VISION.items()} | tower.pixels, tower, None, None
+    return {}, None, timm_body(config.image_tower, config.image_weights) if config.image_tower else None, None
 
 
 def _decoder(config: CaptionerConfig, tokenizer) -> dict:
@@ -171,7 +171,7 @@ def _build_phantom(config: CaptionerConfig, captions: Sequence[str] | None) -> C
     if not captions:
         raise ValueError("a phantom captioner learns its word pieces: build_captioner(config, captions=[...]) with the captions "
                          "of the training split")
-    found, tower, body = _start(config)
+    found, tower, body, head = _start(config)
     config = CaptionerConfig(**({"max_length": 80} | SIZES | TEXT | PIXELS | found | config.model_dump(exclude_none=True)))
     tokenizer = train_word_pieces(captions, config.vocab_size)
     vision = {theirs: getattr(config, ours) for ours, theirs in VISION.items()} | {"initializer_range": config.vision_width ** -0.5}
@@ -181,6 +181,8 @@ def _build_phantom(config: CaptionerConfig, captions: Sequence[str] | None) -> C
         fill_vision(model.vision_model, tower)
     if body:
         add_stem(model.vision_model, body, config.image_tower)
+    if head is not None:
+        add_overview(model.vision_model, head)
     return as_captioner(model, tokenizer, config)
 
 # %% ../nbs/37_blip.ipynb #ddaa1163
@@ -194,6 +196,8 @@ def _read_ours(folder: Path, model: torch.nn.Module) -> tuple[torch.nn.Module, l
     weights, settings = load_file(folder / "model.safetensors"), json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if settings.get("image_tower"):
         add_stem(model.vision_model, timm_body(settings["image_tower"]))
+    if (head := weights.get("vision_model.embeddings.overview.embed.weight")) is not None:
+        add_overview(model.vision_model, head)
     if any(".pre_norm." in name for name in weights):
         add_pre_norm(model.vision_model)
     if "concept_head.weight" in weights:

@@ -19,8 +19,8 @@ import torch
 # %% ../nbs/40_caption_evaluation.ipynb #b081c34d
 from .blip import SETTINGS, Captioner, build_captioner, caption_ids, load_captioner, pixel_cfg
 from .caption_report import MARKS, caption_report, colour_words, format_caption_report
-from .captioning import CaptionRecipe, caption_loss
-from .concepts import compare_mentions, find_concepts, load_dictionary
+from .captioning import CaptionRecipe, caption_loss, read_dictionary
+from .concepts import compare_mentions, find_concepts
 from .data import prepare_pairs
 from .evaluation import measured_rows, report_stem, write_report
 from .gallery import thumbnail_tag
@@ -137,7 +137,7 @@ def caption_split(captioner: Captioner,
 def _settings(run):
     "The recipe's parts that measuring needs; of a captioner without a run the defaults."
     recipe = run.recipe if run else CaptionRecipe(name="none")
-    return recipe, load_dictionary(recipe.caption.dictionary) if recipe.caption.dictionary else None
+    return recipe, read_dictionary(recipe.caption.dictionary)
 
 
 def _baselines(run, captioner, rows, recipe, report, progress):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNREAD', 'CaptionConfig', 'CaptionRecipe', 'word_losses', 'concept_loss', 'concept_targets', 'caption_loss',
-           'CaptionTask', 'store_maps', 'choose_concepts', 'start_at_frequency', 'build_captioning']
+           'CaptionTask', 'store_maps', 'sided_concepts', 'choose_concepts', 'read_dictionary', 'start_at_frequency',
+           'build_captioning']
 
 # %% ../nbs/39_captioning.ipynb #9dd904f0
 import math
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # %% ../nbs/39_captioning.ipynb #db7d96f5
 from .blip import (Captioner, CaptionerConfig, as_captioner_config, build_captioner, caption_batch, caption_ids, concept_logits,
                           save_captioner)
+from .concepts import find_concepts, load_dictionary
 from .contrastive import PairBatches, fingerprint_of, or_stand_in, store_images
 from .data import prepare_pairs
 from .freezing import train_mode
@@ -33,6 +35,7 @@ class CaptionConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     concept_weight: float = Field(0.0, ge=0)  # of the auxiliary concept loss; 0: no such head; published gains used 0.1
     concept_min: int = Field(5, ge=1)         # training images that a concept needs to be among those learnt
+    concept_sides: bool = True                # a concept on the left, one on the right and one anywhere are learnt apart, as captions say them
     neighbour: str | None = None              # dual encoder of the nearest-image baseline: a run, a recipe's name, a folder, phantom; None: the captioner's own eye
     dictionary: str | None = None             # file of concepts and terms (`load_dictionary`) by which captions are read; None: the phantoms'
 
@@ -177,8 +180,17 @@ def store_maps(task: CaptionTask,
     if all([store_images(part, stem.features, key, device, "run the CNN once" * progress) for part in (data.train, data.validation) if part is not None]):
         say("the frozen CNN ran once: its maps are stored, and only what trains runs from here on")
 
+# %% ../nbs/39_captioning.ipynb #16e0c41e
+def sided_concepts(concepts: list,  # N lists of CUIs
+                   captions: list,  # N lists of captions
+                   dictionary: dict | None = None,  # {CUI: terms} by which captions are read; None: the phantoms'
+                   ) -> list[set[str]]:  # N sets of CUIs, and of `CUI|side`
+    "The concepts of each image, and beside them those that a caption places on a side."
+    said = ([m for text in texts for m in find_concepts(text, dictionary) if m.side and not m.negated] for texts in captions)
+    return [set(known) | {f"{m.cui}|{m.side}" for m in found} for known, found in zip(concepts, said)]
+
 # %% ../nbs/39_captioning.ipynb #ae1a1d51
-def choose_concepts(rows: list,  # CUIs of each training image
+def choose_concepts(rows: list,  # concepts of each training image
                     least: int,  # images that a concept needs
                     source: str,  # for the message
                     ) -> list[str]:  # sorted
@@ -187,6 +199,11 @@ def choose_concepts(rows: list,  # CUIs of each training image
     concepts = sorted(cui for cui, n in seen.items() if n >= least)
     if not concepts: raise ValueError(f"caption.concept_weight: no concept has {least} training images in {source}; set it to 0, or lower caption.concept_min")
     return concepts
+
+
+def read_dictionary(file: str | None):  # of a recipe's `caption.dictionary`
+    "The dictionary by which captions are read; None stands for the phantoms'."
+    return load_dictionary(file) if file else None
 
 
 @torch.no_grad()
@@ -206,6 +223,7 @@ def build_captioning(recipe: CaptionRecipe,
     train = pairs.select(np.flatnonzero(np.asarray(pairs["split"]) == "train"))
     captions, weight = [text for texts in train["captions"] for text in texts], recipe.caption.concept_weight
     known = train["concepts"][:]
+    if weight and recipe.caption.concept_sides: known = sided_concepts(known, train["captions"][:], read_dictionary(recipe.caption.dictionary))
     learnt = {"concepts": choose_concepts(known, recipe.caption.concept_min, recipe.data.source)} if weight else {}
     torch.manual_seed(recipe.train.seed)
     recipe, captioner = or_stand_in(recipe, "weights", lambda r: build_captioner(r.model.model_copy(update=learnt), captions), say)

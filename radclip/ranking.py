@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 # %% ../nbs/19_ranking.ipynb #28683292
 from .counting import Levels, RightPairs, count_levels
@@ -120,6 +120,7 @@ class EvaluateConfig(BaseModel):
     batch_size: int = 32  # of the batch-wise recall that public systems report while training
     bootstrap: int = 1000  # resamples behind the 95 % interval of R@1
     pools: tuple[int, ...] = (32, 100, 1000)  # sizes of the pool curve; the whole pool is always its last point
+    views: int = Field(0, ge=0)  # augmented views of each image whose embeddings are averaged with the plain one's
 
 
 def _discount(n):

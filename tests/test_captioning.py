@@ -11,7 +11,7 @@ from radclip.captioning import (CaptionRecipe, CaptionTask, build_captioning, ca
 from radclip.data import load_pairs
 from radclip.generation import caption_images
 from radclip.loading import PairsDataset, PixelCache
-from radclip.recipe import load_recipe
+from radclip.recipe import list_recipes, load_recipe
 from radclip.training import fit
 
 TINY = {"vision_from": "phantom", "freeze_vision": "trunk", "vision_width": 32, "vision_heads": 2, "text_width": 32, "text_heads": 2,
@@ -110,6 +110,15 @@ def test_pieces_of_a_batch_have_the_gradients_of_the_whole():
 
 
 # ---- recipes
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if load_recipe(name, stand_in=None).task == "caption"])
+def test_packaged_recipe_takes_a_step_with_its_stand_in(name):
+    wanted = load_recipe(name, "data.source=phantom:60", "data.sizes=null", "data.columns={}", "train.batch_size=6", "caption.concept_min=2",
+                         stand_in=True if name != "phantom-blip" else None)
+    wanted, task, data = build_captioning(wanted)
+    task.prepare(data, "cpu", lambda line: None)
+    assert 5 < task.backward(next(iter(data.loader(0))), lambda loss: loss.backward()) < 9  # about ln(vocabulary)
+
 
 @pytest.mark.parametrize("settings, why", [
     ({"train": {"freeze": {"image": "all"}}}, "train.freeze is for dual encoders.*model.freeze_vision"),

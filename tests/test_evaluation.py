@@ -3,6 +3,7 @@ import json
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,9 +12,9 @@ from safetensors import safe_open
 from radclip.data import load_pairs, prepare_pairs
 from radclip.evaluation import embed_split, evaluate, format_report, source_slug
 from radclip.evaluation import retrieval_report  # noqa: F401 (a name that stays)
-from radclip.model import build_model, save_model
+from radclip.model import build_model, load_model, save_model
 from radclip.ranking import retrieval_report as ranking_report
-from radclip.recipe import load_recipe, new_run
+from radclip.recipe import Run, load_recipe, new_run
 from radclip.splits import split_hash
 
 SOURCE = "phantom:90"
@@ -262,3 +263,29 @@ def test_the_table_names_pool_split_and_direction(run):
     text = format_report(evaluate(run))
     for part in ("phantom:90", "split test", "image to text", "text to image", "own captions only", "within batches of"): assert part in text
     assert "given embeddings" in format_report(ranking_report(torch.eye(40), torch.eye(40), list(range(40))))
+
+
+def test_the_mean_of_views_is_that_of_embeddings_made_one_by_one(tmp_path):
+    from radclip.evaluation import encode_views
+    from radclip.loading import AugmentConfig, PixelCache, augment
+    pairs, encoder, config = load_pairs("phantom:12"), load_model(), AugmentConfig(scale=(0.6, 1.0))
+    cache = PixelCache.build(pairs, encoder.preprocess, tmp_path)
+    rows = np.arange(12)
+    with torch.no_grad():
+        each = [encoder.model.encode_image(x, normalize=True) for x in (cache.to_float(rows), *(augment(cache.pixels[rows], rows, 3, v, config, cache.mean, cache.std) for v in range(2)))]
+    want = torch.nn.functional.normalize(sum(each), dim=1)
+    got = encode_views(encoder, pairs, 2, config, seed=3)
+    assert torch.allclose(got, want, atol=1e-5) and not torch.allclose(got, each[0], atol=1e-3)
+    assert torch.allclose(encode_views(encoder, pairs, 0), each[0], atol=1e-5)
+
+
+def test_views_are_told_and_are_part_of_what_stored_embeddings_depend_on(tmp_path):
+    run = new_run(load_recipe("phantom", "data.source=phantom:60", "data.sizes=null", "data.official=true", "evaluate.views=2"), tmp_path)
+    save_model(load_model(), run.model_folder)
+    report, averaged = evaluate(run), embed_split(run).image_emb
+    assert report["pool"]["views"] == 2 and "the mean of itself and 2 augmented views" in format_report(report)
+    file = run.folder / "recipe.yaml"
+    assert file.read_text().count("views: 2") == 1
+    file.write_text(file.read_text().replace("views: 2", "views: 0"))
+    plain = embed_split(Run(run.folder))
+    assert "views" not in plain.pool and not torch.allclose(plain.image_emb, averaged, atol=1e-3)

@@ -36,9 +36,9 @@ def test_all_packaged_recipes_are_there_and_described():
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_packaged_recipe_parses_and_its_stand_in_builds(name):
-    if load_recipe(name, stand_in=None).task != "contrastive": pytest.skip("another task's recipe is built in its own tests")
+    if load_recipe(name, stand_in=None).task != "contrastive": return  # test_captioning builds those
     recipe = load_recipe(name, stand_in=True)
-    assert name == "phantom" or recipe.stand_ins_used
+    assert name.startswith("phantom") or recipe.stand_ins_used
     small = recipe.model_dump()
     small["data"] |= dict(source="phantom:60", sizes=None)
     small["train"] |= dict(batch_size=8)
@@ -163,7 +163,7 @@ def test_a_name_is_no_pattern(tmp_path):
 
 
 def test_the_nearest_recipe_or_all():
-    assert refused("fantom").endswith("did you mean phantom?")
+    assert "did you mean phantom or" in refused("fantom")
     far = refused("xyzzy")
     assert "did you mean" not in far and far.endswith("the recipes there are: " + ", ".join(list_recipes()))
 
@@ -178,7 +178,7 @@ def test_every_packaged_recipe_loads_with_and_without_its_stand_ins(monkeypatch)
     for name in ("RADCLIP_DATA", "RADCLIP_WEIGHTS"): monkeypatch.setenv(name, "/there")
     for name in list_recipes():
         for stand_in in (True, False):
-            if name != "phantom" or not stand_in: assert load_recipe(name, stand_in=stand_in)
+            if not name.startswith("phantom") or not stand_in: assert load_recipe(name, stand_in=stand_in)
 
 
 def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):

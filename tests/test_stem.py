@@ -8,7 +8,7 @@ from transformers import BlipVisionConfig, BlipVisionModel
 from radclip.blip import build_captioner, load_captioner, save_captioner
 from radclip.folder import load_model
 from radclip.model import build_model, save_model
-from radclip.stem import POSITION, add_stem, grid_positions, read_body, timm_body
+from radclip.stem import POSITION, add_overview, add_stem, grid_positions, linear_head, read_body, timm_body
 
 CAPTIONS = ["Frontal chest radiograph shows a large right pleural effusion.", "Axial CT of the head.", "Ultrasound of the kidney."] * 3
 SMALL = {"vision_width": 16, "vision_layers": 1, "vision_heads": 2, "text_width": 16, "text_layers": 1, "text_heads": 2, "max_length": 24}
@@ -33,7 +33,6 @@ def test_a_cell_holds_what_the_map_holds_there(name, size, patch, side):
         for row, column in ((0, 0), (side - 1, 0), (0, side - 1)):
             part = made[:, :, row * kernel:(row + 1) * kernel, column * kernel:(column + 1) * kernel]
             by_hand = torch.einsum("bchw,ochw->bo", part, stem.weight) + stem.bias
-            by_hand = torch.nn.functional.layer_norm(by_hand, (16,))
             assert torch.allclose(cells[:, :, row, column], by_hand, atol=1e-4)
         assert list(model(x).last_hidden_state.shape) == [2, side ** 2 + 1, 16]
         assert torch.equal(model(stem.features(x)).last_hidden_state, model(x).last_hidden_state)  # a stored map is as good as the pixels
@@ -86,6 +85,39 @@ def test_weights_come_from_a_file(tmp_path):
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in body.state_dict().items())
 
 
+# --- the class token begins with the dual encoder's embedding
+
+def dual(**more):
+    return build_model({"kind": "timm", "image_tower": "resnet18", "image_size": 64, "text_width": 16, "text_layers": 1, "text_heads": 2, "embed_dim": 24, **more}, CAPTIONS)
+
+
+@pytest.mark.parametrize("make", [lambda: load_model("phantom"), dual], ids=["grid", "average"])
+def test_the_overview_is_the_embedding(make):
+    visual = make().model.visual.eval()
+    size = 128 if visual.trunk.default_cfg.get("pool_size") == (16, 16) else 64
+    head = linear_head(visual, size)
+    model = vision(size, 32 if size == 64 else 16)
+    add_stem(model, visual.trunk)
+    add_overview(model, head)
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        made, parts = visual.trunk.forward_features(x), model.embeddings
+        grid = parts.overview.grid
+        assert torch.allclose(parts.overview.embed(torch.nn.functional.adaptive_avg_pool2d(made, grid).flatten(1)), visual(x), atol=1e-4)
+        with_it, cells = model.embeddings(x), parts.patch_embedding(x).flatten(2).transpose(1, 2)
+        parts.overview = None
+        without = model.embeddings(x)
+    assert torch.equal(with_it[:, 1:], without[:, 1:]) and not torch.allclose(with_it[:, 0], without[:, 0])
+    assert torch.allclose(without[:, 1:], cells + parts.position_embedding[:, 1:])
+
+
+@pytest.mark.parametrize("more", [{"timm_proj": "mlp"}, {"timm_pool": "abs_attn", "timm_proj": "linear"}, {"timm_proj_bias": True}])
+def test_a_head_that_is_no_single_projection_is_left_out(more):
+    encoder = dual(**more)
+    if more.get("timm_proj_bias"): torch.nn.init.ones_(encoder.model.visual.head.proj.bias)
+    assert linear_head(encoder.model.visual, 64) is None
+
+
 # --- in a captioner
 
 def test_the_packaged_model_is_a_start():
@@ -107,13 +139,15 @@ def test_a_dual_encoder_with_another_cnn_is_a_start(tmp_path):
                            encoder.model.eval().visual.trunk.forward_features(x))
 
 
+@pytest.mark.parametrize("start", [{"image_tower": "radclip_phantom_cnn"}, {"vision_from": "phantom"}], ids=["tower", "dual encoder"])
 @pytest.mark.parametrize("freeze", ["none", "trunk", "all"])
-def test_a_captioner_with_a_stem_comes_back_bit_for_bit(tmp_path, freeze):
+def test_a_captioner_with_a_stem_comes_back_bit_for_bit(tmp_path, freeze, start):
     torch.manual_seed(1)
-    captioner = build_captioner({**SMALL, "image_tower": "radclip_phantom_cnn", "freeze_vision": freeze, "concepts": ["C1", "C2"]}, CAPTIONS)
+    captioner = build_captioner({**SMALL, **start, "freeze_vision": freeze, "concepts": ["C1", "C2"]}, CAPTIONS)
     again = load_captioner(save_captioner(captioner, tmp_path / "model"))
     ours, theirs = captioner.model.state_dict(), again.model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert (captioner.model.vision_model.embeddings.overview is None) == ("vision_from" not in start)
     trains = {name.partition("body.")[0] for name, p in again.model.named_parameters() if not p.requires_grad}
     assert (not trains) == (freeze == "none") and all(name.startswith("vision_model") for name in trains)
     assert all(("body." in name) for name, p in again.model.named_parameters() if not p.requires_grad) or freeze == "all"
