@@ -173,7 +173,7 @@ def test_without_a_dual_encoder_the_captioner_compares_images_itself(run, tmp_pa
     shutil.copytree(run.folder, copy)
     text = (copy / "recipe.yaml").read_text()
     (copy / "recipe.yaml").write_text(text.replace("neighbour: phantom", "neighbour: medpix"))
-    with pytest.warns(UserWarning, match="nearest training image: no run at medpix.*own vision encoder"): report = evaluate_captions(Run(copy))
+    with pytest.warns(UserWarning, match="nearest training image: no finished run of medpix.*own vision encoder"): report = evaluate_captions(Run(copy))
     assert report["pool"]["neighbour"] == "own vision encoder" and "nearest image" in report["baselines"]
 
 
