@@ -129,10 +129,6 @@ def caption_split(captioner: Captioner,
                   progress: bool = False,  # show bars
                   ) -> tuple:  # captions [N], the N rows whose image can be read, and loss
     "Write a caption for each image of a table, and measure how well its true caption is predicted."
-    if captioner.config.kind == "auto":
-        bad: dict = {}
-        captions = caption_images(captioner, rows, config, progress=progress, bad=bad)
-        return captions, leave_out(rows, bad), {}
     cache = PixelCache.build(rows, captioner.preprocess, progress=progress)
     rows = leave_out(rows, cache.bad)
     captions = caption_images(captioner, cache.pixels[cache.good], config, progress=progress)

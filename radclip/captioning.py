@@ -57,7 +57,7 @@ class CaptionRecipe(Recipe):
             if getattr(self.train, name) != getattr(TrainConfig(), name):
                 raise ValueError(f"train.{name} is for dual encoders: leave it out" + ("; a captioner has model.freeze_vision" if name == "freeze" else ""))
         if self.loss != LossConfig(): raise ValueError("loss is for dual encoders: a captioner learns the next word, leave it out")
-        if self.model.kind == "auto" and self.train.epochs: raise ValueError("model.kind auto only writes captions: train a phantom or a blip")
+        if self.model.kind == "auto": raise ValueError("model.kind auto only writes captions (radclip caption --model): train a phantom or a blip")
         return self
 
     @staticmethod

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radclip import cli
+from radclip import cli, terminal
 
 TINY = ["data.source=phantom:150", "data.sizes=null", "train.epochs=1", "train.batch_size=16"]
 PROGRAM = [sys.executable, "-c", "import sys; from radclip.cli import main; sys.exit(main())"]
@@ -95,7 +95,7 @@ def one_line(capsys):
     (np.array([math.nan]), [None]),
 ])
 def test_plain_makes_strict_json(value, want):
-    made = cli.plain(value)
+    made = terminal.plain(value)
     assert made == want and strict(json.dumps(made)) == want
 
 
@@ -136,7 +136,7 @@ def test_every_command_of_the_readme_exists(capsys):
     used = set(re.findall(r"^radclip (\w+)|&& radclip (\w+)", readme, re.M))
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
-    names = {"recipes", "data", "train", "evaluate", "index", "search", "classify", "explain", "quickstart"}
+    names = {"recipes", "data", "train", "evaluate", "index", "search", "classify", "explain", "caption", "quickstart"}
     assert {a or b for a, b in used} == names and all(re.search(rf"^  {n}\b", listed, re.M) for n in names)
 
 
