@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .folder import CONFIG, replace_folder, write_json
 from .stem import add_overview, add_stem, read_body, timm_body
@@ -59,25 +59,25 @@ class CaptionerConfig(BaseModel):
 
     kind: Literal["phantom", "blip", "auto"] = "phantom"  # small and from scratch; any BLIP; any image-to-text model
     name: str | None = None           # blip, auto: hub ID or folder
-    image_size: int | None = None     # side of the image, pixels; another than a BLIP's own interpolates its positions
-    patch_size: int | None = None     # phantom: side of a patch, pixels
+    image_size: int | None = Field(None, ge=1)     # side of the image, pixels; another than a BLIP's own interpolates its positions
+    patch_size: int | None = Field(None, ge=1)     # phantom: side of a patch, pixels
     image_mean: tuple[float, float, float] | None = None  # per channel, of pixels in 0..1
     image_std: tuple[float, float, float] | None = None
     image_resize: Literal["shortest", "longest", "squash"] | None = None  # crop, pad or distort to a square
     image_interpolation: Literal["bicubic", "bilinear"] | None = None
-    vision_width: int | None = None   # phantom: length of a patch's vector
-    vision_layers: int | None = None
-    vision_heads: int | None = None
+    vision_width: int | None = Field(None, ge=4)   # phantom: length of a patch's vector
+    vision_layers: int | None = Field(None, ge=1)
+    vision_heads: int | None = Field(None, ge=1)
     vision_from: str | None = None    # folder of a dual encoder whose image tower the vision encoder starts from
     image_tower: str | None = None    # phantom: a timm CNN before the transformer, such as radclip_phantom_cnn
     image_weights: str | None = None  # phantom: local file with that CNN's weights
     freeze_vision: Literal["none", "trunk", "all"] = "none"  # trunk: the CNN before the transformer
-    text_width: int | None = None     # phantom: length of a word's vector
-    text_layers: int | None = None
-    text_heads: int | None = None
-    text_dropout: float | None = None
-    vocab_size: int | None = None     # phantom: word pieces learnt from the captions
-    max_length: int | None = None     # tokens of a caption, first and last included; longer ones are cut
+    text_width: int | None = Field(None, ge=1)     # phantom: length of a word's vector
+    text_layers: int | None = Field(None, ge=1)
+    text_heads: int | None = Field(None, ge=1)
+    text_dropout: float | None = Field(None, ge=0, lt=1)
+    vocab_size: int | None = Field(None, ge=10)     # phantom: word pieces learnt from the captions
+    max_length: int | None = Field(None, ge=3)     # tokens of a caption, first and last included; longer ones are cut
     concepts: list[str] | None = None  # CUIs that an auxiliary head tells from the image; None: no head
     prompt: str | None = None         # auto: what a model that follows instructions is asked
 
@@ -97,7 +97,11 @@ def as_captioner_config(config: CaptionerConfig | dict | str,  # a config, its f
         for field in config.keys() - CaptionerConfig.model_fields.keys():
             near = difflib.get_close_matches(field, CaptionerConfig.model_fields, 1, 0)[0]
             raise ValueError(f"a captioner config has no field {field!r}; did you mean {near!r}?")
-        config = CaptionerConfig(**config)
+        try:
+            config = CaptionerConfig(**config)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise ValueError(": ".join(["captioner", *map(str, fault["loc"]), fault["msg"]])) from None
     if config.kind == "auto" and not config.name:
         raise ValueError("name: an auto captioner needs the hub ID or the folder of an image-to-text model")
     own = [k for k in ("patch_size", "image_tower", "image_weights", *list(SIZES)[2:], *TEXT) if getattr(config, k) is not None]
@@ -141,6 +145,8 @@ def as_captioner(model: torch.nn.Module,    # a BLIP
 def _start(config: CaptionerConfig) -> tuple[dict, Tower | None, torch.nn.Module | None, torch.Tensor | None]:
     "What a phantom captioner's vision encoder starts from: fields that follow from it, a ViT, a CNN, the projection behind the CNN."
     body = read_body(config.vision_from) if config.vision_from else None
+    if config.vision_from and config.image_weights:
+        raise ValueError(f"vision_from {config.vision_from} brings its weights: leave image_weights out")
     if body:
         if config.image_tower not in (None, body.name):
             raise ValueError(f"vision_from {config.vision_from} brings {body.name}: leave image_tower {config.image_tower} out")
@@ -232,11 +238,23 @@ def read_blip(source: str | Path,  # hub ID or folder
     return model
 
 # %% ../nbs/37_blip.ipynb #9adedc93
+def _build_ours(config: CaptionerConfig) -> Captioner:
+    "A captioner that radclip saved, to be trained on: all it is comes from its folder."
+    asked = config.model_dump(exclude_none=True, exclude={"kind", "name", "freeze_vision", "concepts"})
+    if asked:
+        raise ValueError(f"{next(iter(asked))}: the captioner in {config.name} brings its own: leave it out")
+    kept = load_captioner(config.name)
+    settings = kept.config.model_copy(update={"freeze_vision": config.freeze_vision, "concepts": config.concepts or kept.config.concepts})
+    return as_captioner(kept.model, kept.tokenizer, settings)
+
+
 def _build_blip(config: CaptionerConfig, captions: Sequence[str] | None) -> Captioner:
     "A BLIP from the hub or a folder."
     from transformers import BlipConfig
 
     refuse_other_folders(config.name)
+    if (Path(config.name) / SETTINGS).is_file():
+        return _build_ours(config)
     hub = fetch(lambda: BlipConfig.from_pretrained(config.name), config.name, "name")
     tower = read_tower(config.vision_from) if config.vision_from else None
     if tower:
@@ -260,13 +278,18 @@ def _build_auto(config: CaptionerConfig, captions: Sequence[str] | None) -> Capt
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     refuse_other_folders(config.name)
+    if (Path(config.name) / SETTINGS).is_file():
+        raise ValueError(f"{config.name} is a captioner that radclip saved: load it with load_captioner, or name it by --run")
     if config.concepts or config.vision_from or config.image_size:
         raise ValueError("concepts, vision_from and image_size are for BLIP; an auto captioner only writes captions")
     try:
         processor = fetch(lambda: AutoProcessor.from_pretrained(config.name), config.name, "name")
-        model = fetch(lambda: AutoModelForImageTextToText.from_pretrained(config.name), config.name, "name")
+        load = lambda: AutoModelForImageTextToText.from_pretrained(config.name, output_loading_info=True)
+        model, found = fetch(load, config.name, "name")
     except ValueError as error:  # transformers lists a hundred classes here
         raise ValueError(f"{config.name} is no image-to-text model that transformers knows: {str(error).splitlines()[0][:160]}") from None
+    if lost := sorted([*found["missing_keys"], *(name[0] for name in found["mismatched_keys"])]):
+        raise ValueError(f"{config.name} has not all its weights: {lost[0]} is missing or of another shape")
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{config.name} has no processor for images and text together; use a model that has one, such as {BASE}")
     return Captioner(model.eval(), processor, _rgb, config)

@@ -9,12 +9,15 @@ __all__ = ['STYLE', 'newest_finished', 'newest_captioner', 'find_captioner', 'op
 
 # %% ../nbs/40_caption_evaluation.ipynb #1000fcb2
 import html
+import os
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 # %% ../nbs/40_caption_evaluation.ipynb #b081c34d
 from .blip import SETTINGS, Captioner, build_captioner, caption_ids, load_captioner, pixel_cfg
@@ -30,14 +33,18 @@ from .model import encode_images, image_reader
 from .neighbours import exact_search
 from .recipe import Run, find_run, write_text
 from .search import resolve_encoder
+from .splits import split_hash
 
 # %% ../nbs/40_caption_evaluation.ipynb #9b25b04b
 def newest_finished(fits,  # Run → whether it is one of those that are meant
                     out="runs",  # folder that holds all runs
                     ) -> Run | None:  # None where there is none
     "The newest run whose training came to its end, of those that fit."
+    def meant(run):
+        try: return fits(run) and run.finished and run.model_folder.is_dir()
+        except (OSError, ValueError, AttributeError, yaml.YAMLError): return False  # what somebody else left there is no run
     runs = (Run(file.parent) for file in Path(out).glob("*/*/recipe.yaml"))
-    return max((run for run in runs if fits(run) and run.finished), key=lambda run: (run.folder.name[:15], len(run.folder.name), run.folder.name), default=None)
+    return max(filter(meant, runs), key=lambda run: (run.folder.name[:15], len(run.folder.name), run.folder.name), default=None)
 
 
 def newest_captioner(out="runs",  # folder that holds all runs
@@ -65,7 +72,8 @@ def open_captioner(run: Run | str | Path | None = None,  # a run, its folder, a 
                    out="runs",  # folder that holds all runs
                    ) -> tuple[Captioner, GenerateConfig]:
     "A captioner and how it is to search. Raises as `find_captioner` and `build_captioner` do."
-    if model is not None: return build_captioner({"kind": "auto", "name": model}), GenerateConfig()
+    if model is not None:
+        return load_captioner(model) if (Path(model) / SETTINGS).is_file() else build_captioner({"kind": "auto", "name": model}), GenerateConfig()
     run, folder = find_captioner(run, out)
     return load_captioner(folder), run.recipe.generate if run else GenerateConfig()
 
@@ -96,20 +104,23 @@ def image_vectors(captioner: Captioner,
     "Vectors by which images are compared."
     if neighbour is None:
         return [_own_vectors(captioner, PixelCache.build(table, captioner.preprocess, progress=progress)) for table in tables]
-    encoder = resolve_encoder(neighbour)
-    return [encode_images(encoder, PixelCache.build(table, encoder.preprocess, progress=progress), progress=progress).numpy() for table in tables]
+    encoder, device = resolve_encoder(neighbour), next(captioner.model.parameters()).device
+    caches = (PixelCache.build(table, encoder.preprocess, progress=progress) for table in tables)
+    return [encode_images(encoder, cache, device=device, progress=progress).numpy() for cache in caches]
 
 # %% ../nbs/40_caption_evaluation.ipynb #a0c1200e
 def find_neighbour(name: str | None,  # as `caption.neighbour` of a recipe has it
                    out,               # folder of the runs
-                   ):                 # what `resolve_encoder` takes; None for the captioner's own eye
+                   ) -> tuple:        # what `resolve_encoder` takes, None for the captioner's own eye; and a name for the report
     "The dual encoder of the nearest-image baseline. One whose recipe was never trained is replaced by the captioner's own eye, with a warning."
-    if name is None or name == "phantom" or (Path(name) / "open_clip_config.json").is_file(): return name
-    if (Path(name) / "recipe.yaml").is_file(): return find_run(name).trained_model
-    if run := newest_finished(lambda run: run.folder.parent.name == name, out): return run.trained_model
+    if name is None: return None, "own vision encoder"
+    if name == "phantom" or (Path(name) / "open_clip_config.json").is_file(): return name, str(name)
+    if (Path(name) / "recipe.yaml").is_file(): return find_run(name).trained_model, str(name)
+    if run := newest_finished(lambda run: run.folder.parent.name == name and run.settings["task"] == "contrastive", out):
+        return run.trained_model, f"{name} ({run.folder.name})"
     warnings.warn(f"nearest training image: no finished run of {name} in {out} (radclip train {name} makes one); "
                   "the captioner's own vision encoder compares the images instead", stacklevel=2)
-    return None
+    return None, "own vision encoder"
 
 
 def baseline_captions(train,  # pairs table of training rows
@@ -129,9 +140,10 @@ def caption_split(captioner: Captioner,
                   progress: bool = False,  # show bars
                   ) -> tuple:  # captions [N], the N rows whose image can be read, and loss
     "Write a caption for each image of a table, and measure how well its true caption is predicted."
-    cache = PixelCache.build(rows, captioner.preprocess, progress=progress)
-    rows = leave_out(rows, cache.bad)
-    captions = caption_images(captioner, cache.pixels[cache.good], config, progress=progress)
+    cache = PixelCache.build(rows, captioner.preprocess, progress=progress)  # warns of images that can't be read
+    if not len(cache.good): leave_out(rows, cache.bad)  # says that none can
+    captions = caption_images(captioner, cache, config, progress=progress, bad={})
+    if cache.bad: rows = rows.select(cache.good)
     if cache.bad: cache = PixelCache.build(rows, captioner.preprocess)
     captioner.model.eval()
     return captions, rows, caption_loss(captioner, PairsDataset(rows, cache, lambda texts: caption_ids(captioner, texts), train=False))
@@ -143,16 +155,25 @@ def _settings(run):
     return recipe, read_dictionary(recipe.caption.dictionary)
 
 
-def _baselines(run, captioner, rows, recipe, report, progress):
-    "The baselines' reports on the same rows, and who compared the images."
-    pairs = prepare_pairs(recipe.data)
+def _training_rows(run, captioner, progress):
+    "The training rows whose image can be read; None, with a warning, where the training pairs are gone or have changed."
+    try: pairs = prepare_pairs(run.recipe.data)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"no baselines: the pairs that this captioner was trained on can't be had ({error})", stacklevel=3)
+        return None
+    if run.info.get("split_hash") not in (None, split_hash(pairs)):
+        warnings.warn("no baselines: the training pairs have changed since training", stacklevel=3)
+        return None
     train = pairs.select(np.flatnonzero(np.asarray(pairs["split"]) == "train"))
-    train = leave_out(train, PixelCache.build(train, captioner.preprocess, progress=progress).bad)
-    if not len(train): return {}, None
-    neighbour = find_neighbour(recipe.caption.neighbour, run.folder.parent.parent)
+    good = PixelCache.build(train, captioner.preprocess, progress=progress).good if len(train) else []
+    return train.select(good) if len(good) else None
+
+
+def _baselines(run, captioner, rows, neighbour, report, progress):
+    "The baselines' reports on the same rows; {} where there are no training rows."
+    if (train := _training_rows(run, captioner, progress)) is None: return {}
     nearest = nearest_rows(*image_vectors(captioner, neighbour, (train, rows), progress))
-    said = baseline_captions(train, nearest, recipe.evaluate.seed)
-    return {name: report(captions) for name, captions in said.items()}, str(recipe.caption.neighbour) if neighbour is not None else "own vision encoder"
+    return {name: report(said) for name, said in baseline_captions(train, nearest, run.recipe.evaluate.seed).items()}
 
 # %% ../nbs/40_caption_evaluation.ipynb #44bd11fb
 def evaluate_captions(
@@ -171,11 +192,12 @@ def evaluate_captions(
     rows, pool = measured_rows(run, folder, source, split)
     captioner = load_captioner(folder)
     captioner.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    neighbour, by = find_neighbour(recipe.caption.neighbour, run.folder.resolve().parent.parent) if run else (None, None)
     captions, kept, loss = caption_split(captioner, rows, recipe.generate, progress)
     truth, known = kept["captions"][:], kept["concepts"][:]
     report = lambda said: caption_report(said, truth, known if any(known) else None, dictionary, recipe.evaluate.seed)
-    baselines, by = _baselines(run, captioner, kept, recipe, report, progress) if run else ({}, None)
-    pool |= {"images": len(kept), "unreadable": len(rows) - len(kept), "generate": recipe.generate.model_dump(), "neighbour": by, "seed": recipe.evaluate.seed}
+    baselines = _baselines(run, captioner, kept, neighbour, report, progress) if run else {}
+    pool |= {"images": len(kept), "unreadable": len(rows) - len(kept), "generate": recipe.generate.model_dump(), "neighbour": by if baselines else None, "seed": recipe.evaluate.seed}
     found = {"caption": report(captions) | loss, "baselines": baselines, "pool": pool}
     if run: write_captions(run, found, captions, kept, dictionary, own=source is None)
     return found
@@ -198,11 +220,11 @@ def write_captions(run: Run,
     marks = [compare_mentions(ours, theirs) for ours, theirs in mentions]
     table = {"image_id": rows["image_id"][:], "caption": captions, "references": rows["captions"][:],
              "laterality_error": [bool(m.laterality) for m in marks], "negation_error": [bool(m.negation) for m in marks]}
-    part = stem.with_name(f".{stem.name}.parquet")
+    part, file = (stem.with_name(name) for name in (f".{stem.name}.{os.getpid()}-{threading.get_ident()}.parquet", f"{stem.name}.parquet"))
     pq.write_table(pa.table(table), part)
-    part.replace(stem.with_suffix(".parquet"))
+    os.replace(part, file)
     wrong = [row for row, m in enumerate(marks) if m.laterality or m.negation]
-    write_text(stem.with_suffix(".html"), captions_page(captions, rows, found, pick_examples(len(captions), wrong), dictionary))
+    write_text(stem.with_name(f"{stem.name}.html"), captions_page(captions, rows, found, pick_examples(len(captions), wrong), dictionary))
 
 # %% ../nbs/40_caption_evaluation.ipynb #534911e6
 STYLE = """body { font: 1rem/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; background: #fff; }

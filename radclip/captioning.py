@@ -33,7 +33,7 @@ from .recipe import Recipe, TrainConfig
 class CaptionConfig(BaseModel):
     "What training a captioner, and measuring it, adds."
     model_config = ConfigDict(extra="forbid")
-    concept_weight: float = Field(0.0, ge=0)  # of the auxiliary concept loss; 0: no such head; published gains used 0.1
+    concept_weight: float = Field(0.0, ge=0, allow_inf_nan=False)  # of the auxiliary concept loss; 0: no such head; published gains used 0.1
     concept_min: int = Field(5, ge=1)         # training images that a concept needs to be among those learnt
     concept_sides: bool = True                # a concept on the left, one on the right and one anywhere are learnt apart, as captions say them
     neighbour: str | None = None              # dual encoder of the nearest-image baseline: a run, a recipe's name, a folder, phantom; None: the captioner's own eye
@@ -57,6 +57,9 @@ class CaptionRecipe(Recipe):
             if getattr(self.train, name) != getattr(TrainConfig(), name):
                 raise ValueError(f"train.{name} is for dual encoders: leave it out" + ("; a captioner has model.freeze_vision" if name == "freeze" else ""))
         if self.loss != LossConfig(): raise ValueError("loss is for dual encoders: a captioner learns the next word, leave it out")
+        if self.model.concepts and not self.caption.concept_weight: raise ValueError("model.concepts are learnt by caption.concept_weight: set it, or leave them out")
+        if self.generate.min_new_tokens > self.generate.max_new_tokens:
+            raise ValueError(f"generate.min_new_tokens {self.generate.min_new_tokens} is more than generate.max_new_tokens {self.generate.max_new_tokens}")
         if self.model.kind == "auto": raise ValueError("model.kind auto only writes captions (radclip caption --model): train a phantom or a blip")
         return self
 
@@ -222,8 +225,8 @@ def build_captioning(recipe: CaptionRecipe,
     recipe, pairs = or_stand_in(recipe, "data", lambda r: prepare_pairs(r.data), say)
     train = pairs.select(np.flatnonzero(np.asarray(pairs["split"]) == "train"))
     captions, weight = [text for texts in train["captions"] for text in texts], recipe.caption.concept_weight
-    known = train["concepts"][:]
-    if weight and recipe.caption.concept_sides: known = sided_concepts(known, train["captions"][:], read_dictionary(recipe.caption.dictionary))
+    known, dictionary = train["concepts"][:], read_dictionary(recipe.caption.dictionary)
+    if weight and recipe.caption.concept_sides: known = sided_concepts(known, train["captions"][:], dictionary)
     learnt = {"concepts": choose_concepts(known, recipe.caption.concept_min, recipe.data.source)} if weight else {}
     torch.manual_seed(recipe.train.seed)
     recipe, captioner = or_stand_in(recipe, "weights", lambda r: build_captioner(r.model.model_copy(update=learnt), captions), say)

@@ -116,7 +116,8 @@ def train(
         name, overrides = split_words(words or [])
         run = fit(load_recipe(name, *overrides), out=out, resume=resume)
         measure, as_text = (of_task(run.recipe.task, what) for what in ("evaluate", "format"))
-        text = as_text(measure(run, split="validation"))
+        held_out = run.info["pairs"]["validation"]
+        text = as_text(measure(run, split="validation")) if held_out else "no validation split, so nothing was measured: radclip evaluate --source has other pairs"
     print(f"{text}\nrun: {shown(run.folder)}")
 
 # %% ../nbs/46_cli.ipynb #03e44b0b
@@ -135,7 +136,8 @@ def evaluate(
     with answers_only():
         from radclip.recipe import Run, of_task
         found = which_model(run, out)
-        task = found.recipe.task if isinstance(found, Run) else "caption" if (Path(found) / "captioner.json").is_file() else "contrastive"
+        dual = found == "phantom" or isinstance(found, str) and (Path(found) / "open_clip_config.json").is_file()
+        task = found.recipe.task if isinstance(found, Run) else "contrastive" if dual else "caption"
         measure, as_text = of_task(task, "evaluate"), of_task(task, "format")
         report = measure(found, source, split, progress=sys.stderr.isatty())
     answer(report, f"{as_text(report)}\nmodel: {shown(getattr(found, 'folder', found))}", as_json)
@@ -146,7 +148,7 @@ def which_model(run:str|None, # as typed: a run's folder, a recipe's name, a mod
                ): # a Run, or what load_model or load_captioner takes
     "Find the model that is meant. Raises FileNotFoundError where there is none."
     from radclip.recipe import find_run
-    if run == "phantom" or run and any((Path(run) / name).is_file() for name in ("open_clip_config.json", "captioner.json")): return run
+    if run == "phantom" or run and any((Path(run) / name).is_file() for name in ("open_clip_config.json", "captioner.json", "preprocessor_config.json")): return run
     return find_run(run, out)
 
 # %% ../nbs/46_cli.ipynb #e5fb52ea
@@ -210,7 +212,7 @@ def readable_image(path): # path: an image file; gives the decoded PIL image
     from PIL import Image
     if not Path(path).is_file(): raise FileNotFoundError(f"no such image: {path}")
     try: image = Image.open(path); image.load()
-    except (OSError, SyntaxError, ValueError) as error: raise ValueError(f"{path} can't be read as an image: {' '.join(str(error).split())}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f"{path} can't be read as an image: {' '.join(str(error).split())}") from None
     return image
 
 # %% ../nbs/46_cli.ipynb #706d3036
@@ -246,10 +248,11 @@ def caption(
     if run and model: raise ValueError("--run and --model both name a captioner: give one of the two")
     with answers_only():
         opened = [readable_image(path) for path in images]
-        from radclip.caption_evaluation import open_captioner
+        from radclip.caption_evaluation import find_captioner, open_captioner
         from radclip.generation import caption_images
         captioner, how = open_captioner(run, model, out)
         texts = caption_images(captioner, opened, how, progress=sys.stderr.isatty())
+        print(f"captioner: {model or shown(find_captioner(run, out)[1])}")
     rows = [{"image": str(path), "caption": text} for path, text in zip(images, texts)]
     answer(rows, texts[0] if len(rows) == 1 else as_table(["image", "caption"], [list(r.values()) for r in rows]), as_json)
 

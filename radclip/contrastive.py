@@ -88,7 +88,7 @@ def add_texts(data, # TrainPairs
              ):
     "Give training pairs further texts, tokenised once. Raises ValueError for an absent column and for shares above 1."
     if absent := [name for name in also if name not in pairs.column_names]:
-        raise ValueError(f"train.also: these pairs have no column {absent[0]!r}; there are {', '.join(pairs.column_names)}")
+        raise ValueError(f"train.also: these pairs have no column {absent[0]!r}; there are {', '.join(pairs.column_names)}; train.also={{}} does without")
     if sum(also.values()) > 1: raise ValueError(f"train.also: the shares {', '.join(map(str, also.values()))} add up to more than 1")
     place, data.also = {text: i for i, text in enumerate(data.texts)}, []
     for name, share in also.items():

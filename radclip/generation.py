@@ -25,10 +25,10 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     beams: int = Field(3, ge=1)             # beginnings that are kept at each step; 1: greedy
-    max_new_tokens: int = Field(64, ge=1)   # pieces of a caption at most
+    max_new_tokens: int = Field(64, ge=1)   # pieces of a caption at most, no fewer than min_new_tokens
     min_new_tokens: int = Field(0, ge=0)    # pieces before it may end
     no_repeat_ngram: int = Field(0, ge=0)   # no run of this many pieces occurs twice; 0: any may
-    length_penalty: float = 1.0             # beams are ranked by log probability / length ** this: larger favours long ones
+    length_penalty: float = Field(1.0, allow_inf_nan=False)  # beams are ranked by log probability / length ** this: larger favours long ones
 
 # %% ../nbs/38_generation.ipynb #26073665
 def generate_options(config: GenerateConfig,

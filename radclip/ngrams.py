@@ -33,7 +33,7 @@ def train_words(captions: Iterable[str],  # the captions of the training split, 
                 vocab_size: int = 8000,   # entries of the vocabulary at most, special tokens included
                 min_captions: int = 2,    # a word in fewer captions is no entry
                 ):                        # a transformers `PreTrainedTokenizerFast`
-    "Number whole words, the commonest first; punctuation and other words are one unknown token. Raises ValueError without captions."
+    "Number whole words, the commonest first; punctuation and other words are one unknown token. Raises ValueError without captions that share a word."
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
@@ -42,6 +42,9 @@ def train_words(captions: Iterable[str],  # the captions of the training split, 
     for caption in distinct(captions):
         said.update({word for word, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(caption))})
     common = [word for word in said if said[word] >= min_captions and any(letter.isalnum() for letter in word)]
+    if not common or vocab_size <= len(SPECIAL):
+        raise ValueError(f"no vocabulary: no word is in {min_captions} captions of {len(distinct(captions))}, or vocab_size {vocab_size} leaves no room "
+                         f"beside {len(SPECIAL)} special tokens")
     names = [*SPECIAL.values(), *sorted(common, key=lambda word: (-said[word], word))][:vocab_size]
     words = split_words(tk.Tokenizer(tk.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]")))
     return PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
@@ -153,6 +156,7 @@ def fit_ngrams(words,                      # tokenizer, of `train_words`
                seed: int = 0,              # of the decomposition
                ) -> NgramTower:            # in eval mode
     "Learn pairs, rarity and directions from captions alone; no image is looked at. Raises ValueError without captions."
+    if width < 1 or context_length < 1: raise ValueError(f"text_width {width} and context_length {context_length} must be 1 or more")
     ids = words(distinct(captions), padding=True, truncation=True, max_length=context_length, return_tensors="pt").input_ids
     pairs = known_pairs(ids, len(words), most_pairs)
     tower, n = NgramTower(NgramConfig(len(words), len(pairs), width)).eval(), len(ids)

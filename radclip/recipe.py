@@ -188,7 +188,7 @@ def _validate(settings, schema):
     path = ".".join(str(p) for p in fault["loc"])
     if fault["type"] == "extra_forbidden": what = f"unknown key {path}: {_nearest_key(path, schema)}"
     else:
-        what = f"{path}: {fault['msg'].removeprefix('Value error, ')}"
+        what = f"{path}: {fault['msg']}".removeprefix(": ").replace("Value error, ", "", 1)
         if not isinstance(fault["input"], dict): what += f" (got {fault['input']!r})"
     raise ValueError(f"recipe {settings.get('name', '')}: {what}")
 

@@ -60,7 +60,7 @@ def _take(order, rows_of, size, split):
     "Whole groups from the front until `size` rows are reached: (rows, trimmed to size; groups used)."
     rows, used = [], 0
     while len(rows) < size and used < len(order): rows += rows_of[order[used]]; used += 1
-    if len(rows) < size: raise ValueError(f"sizes asks for {size} {split} images, and {len(rows)} are left for it: lower the sizes or use a larger source")
+    if len(rows) < size: raise ValueError(f"sizes asks for {size} {split} images, and {len(rows)} are left for it: lower the sizes, use a larger source, or take all there is with data.sizes=null")
     return rows[:size], used
 
 # %% ../nbs/09_splits.ipynb #80c38fba

@@ -103,6 +103,9 @@ def add_stem(vision: nn.Module,  # BLIP's vision encoder
     "Put a CNN in place of the patches. Raises ValueError if its last map cannot be cut into the encoder's grid."
     parts = vision.embeddings
     mode, grid = body.training, parts.image_size // parts.patch_size
+    if grid < 1 or parts.embed_dim % 4:
+        raise ValueError(f"a stem needs patches no larger than the image and a vision_width that is a multiple of 4: patch_size is {parts.patch_size}, "
+                         f"image_size {parts.image_size}, vision_width {parts.embed_dim}")
     with torch.no_grad():
         made = body.eval().forward_features(torch.zeros(1, 3, parts.image_size, parts.image_size))
     body.train(mode)

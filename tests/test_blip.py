@@ -56,7 +56,8 @@ def test_a_dumped_config_reads_back():
 
 @pytest.mark.parametrize("config, said", [
     ({"text_witdh": 3}, "did you mean 'text_width'"), ({"kind": "blip", "vision_layers": 3}, "vision_layers is for a phantom"),
-    ({"kind": "auto"}, "needs the hub ID"), ({"kind": "auto", "name": "a/b", "vocab_size": 9}, "vocab_size is for a phantom"),
+    ({"kind": "auto"}, "needs the hub ID"), ({"kind": "auto", "name": "a/b", "vocab_size": 900}, "vocab_size is for a phantom"),
+    ({"vocab_size": 9}, "captioner: vocab_size: Input should be greater"), ({"max_length": 2}, "captioner: max_length"), ({"patch_size": 0}, "captioner: patch_size"),
 ])
 def test_wrong_configs_are_one_line(config, said):
     with pytest.raises(ValueError, match=said) as caught: as_captioner_config(config)

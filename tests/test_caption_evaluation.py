@@ -75,6 +75,38 @@ def test_what_is_no_captioner_is_told(runs, name, why):
     assert "\n" not in str(error.value)
 
 
+def test_what_somebody_else_left_among_the_runs_is_passed_over(runs, run, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    for name, text in {"a": "", "b": "- x", "c": "{", "d": "task: caption\nname: d"}.items():
+        (tmp_path / "runs" / "foreign" / name).mkdir(parents=True)
+        (tmp_path / "runs" / "foreign" / name / "recipe.yaml").write_text(text)
+    (tmp_path / "runs" / "foreign" / "d" / "run.json").write_text('{"finished": true}')  # but no model
+    assert newest_captioner(tmp_path / "runs").folder.name == run.folder.name
+
+
+def test_training_pairs_that_are_gone_cost_the_baselines_only(run, tmp_path):
+    copy = tmp_path / "tiny-blip" / run.folder.name
+    shutil.copytree(run.folder, copy)
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace("source: phantom:80", "source: jsonl:gone.jsonl"))
+    with pytest.warns(UserWarning, match="no baselines: the pairs .* can't be had"): report = evaluate_captions(Run(copy), "phantom:20", "test")
+    assert report["baselines"] == {} and report["pool"]["neighbour"] is None and report["caption"]["ROUGE-L"] >= 0
+    (copy / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text().replace("source: phantom:80", "source: phantom:70"))
+    with pytest.warns(UserWarning, match="no baselines: the training pairs have changed"): evaluate_captions(Run(copy), "phantom:20", "test")
+
+
+def test_names_with_dots_keep_their_files_apart(run, tmp_path):
+    (tmp_path / "set.v1").mkdir()
+    lines = []
+    for row, example in enumerate(load_pairs("phantom:20", "test")):
+        example["image"].save(tmp_path / "set.v1" / f"{row}.png")
+        lines.append(json.dumps({"image": f"{row}.png", "caption": example["captions"][0], "group": str(row)}))
+    (tmp_path / "set.v1" / "pairs.jsonl").write_text("\n".join(lines))
+    pool = evaluate_captions(run, f"jsonl:{tmp_path / 'set.v1' / 'pairs.jsonl'}", "all")["pool"]
+    from radclip.evaluation import report_stem
+    assert "v1" in report_stem(pool)
+    for end in ("json", "parquet", "html"): assert (run.folder / "evaluations" / f"{report_stem(pool)}.{end}").is_file()
+
+
 def test_no_run_at_all_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="radclip train phantom-blip"): find_captioner(None, tmp_path)
 

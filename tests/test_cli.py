@@ -324,7 +324,7 @@ def test_interrupt_leaves_a_run_that_resumes(tmp_path, monkeypatch, capsys):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert process.returncode == 130 and out == "", err[-2000:]
     last = err.strip().splitlines()[-1]
     assert last.startswith("radclip: stopped") and last.endswith("--resume goes on") and "Traceback" not in err

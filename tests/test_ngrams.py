@@ -145,7 +145,17 @@ def test_repeats_do_not_count(words, captions):
     assert again.get_vocab() == words.get_vocab()
 
 
-@pytest.mark.parametrize("few", [["one caption"], ["no word", "in common"], ["a cyst", "a mass"]])
+@pytest.mark.parametrize("few", [["one caption"], ["no word", "in common"]])
+def test_captions_that_share_no_word_are_refused(few):
+    with pytest.raises(ValueError, match="no word is in 2 captions"): ngrams.train_words(few)
+
+
+def test_a_vocabulary_or_a_vector_of_no_size_is_refused(captions, words):
+    with pytest.raises(ValueError, match="vocab_size 5 leaves no room"): ngrams.train_words(captions, vocab_size=5)
+    with pytest.raises(ValueError, match="text_width 0"): ngrams.fit_ngrams(words, captions, 0)
+
+
+@pytest.mark.parametrize("few", [["a cyst", "a mass"], ["a cyst", "a cyst.", "cyst"]])
 def test_hardly_any_captions_make_a_tower_too(few):
     words = ngrams.train_words(few)
     tower = ngrams.fit_ngrams(words, few, 8)

@@ -153,6 +153,22 @@ def test_a_captioner_with_a_stem_comes_back_bit_for_bit(tmp_path, freeze, start)
     assert all(("body." in name) for name, p in again.model.named_parameters() if not p.requires_grad) or freeze == "all"
 
 
+def test_a_captioner_with_a_stem_is_trained_on_and_comes_back(tmp_path):
+    first = build_captioner({**SMALL, "vision_from": "phantom", "freeze_vision": "trunk", "concepts": ["C1"]}, CAPTIONS)
+    save_captioner(first, tmp_path / "a")
+    again = build_captioner({"kind": "blip", "name": str(tmp_path / "a"), "freeze_vision": "trunk"})
+    back = load_captioner(save_captioner(again, tmp_path / "b"))
+    ours, theirs = first.model.state_dict(), back.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours) and back.config == again.config
+    with pytest.raises(ValueError, match="image_size: the captioner in .* brings its own"): build_captioner({"kind": "blip", "name": str(tmp_path / "a"), "image_size": 160})
+    with pytest.raises(ValueError, match="captioner that radclip saved"): build_captioner({"kind": "auto", "name": str(tmp_path / "a")})
+
+
+@pytest.mark.parametrize("sizes, why", [({"vision_width": 18}, "vision_width 18"), ({"patch_size": 300}, "patch_size is 300")])
+def test_sizes_that_make_no_grid_are_refused(sizes, why):
+    with pytest.raises(ValueError, match=why): build_captioner({**SMALL, "image_tower": "radclip_phantom_cnn", **sizes}, CAPTIONS)
+
+
 def test_a_lost_weight_is_named(tmp_path):
     from safetensors.torch import load_file, save_file
     folder = save_captioner(build_captioner({**SMALL, "image_tower": "radclip_phantom_cnn"}, CAPTIONS), tmp_path / "model")
