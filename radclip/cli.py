@@ -145,11 +145,17 @@ def evaluate(
 # %% ../nbs/46_cli.ipynb #3fedcffc
 def which_model(run:str|None, # as typed: a run's folder, a recipe's name, a model folder, phantom, or nothing
                 out="runs", # folder of the runs
+                task:str|None=None, # where no run is named: the newest of this task, if the latest is of another
                ): # a Run, or what load_model or load_captioner takes
     "Find the model that is meant. Raises FileNotFoundError where there is none."
     from radclip.recipe import find_run
+    if run == "phantom" and (Path(out) / run).is_dir(): print("radclip: phantom is the packaged model; to mean a run of the recipe phantom, name the run's folder", file=sys.stderr)
     if run == "phantom" or run and any((Path(run) / name).is_file() for name in ("open_clip_config.json", "captioner.json", "preprocessor_config.json")): return run
-    return find_run(run, out)
+    found = find_run(run, out)
+    if run is None and task and found.settings.get("task", task) != task:
+        from radclip.caption_evaluation import newest_finished
+        return newest_finished(lambda other: other.settings.get("task", task) == task, out) or found
+    return found
 
 # %% ../nbs/46_cli.ipynb #e5fb52ea
 @app.command()
@@ -165,7 +171,7 @@ def index(
     with answers_only():
         from radclip.evaluation import embed_split
         from radclip.search import SearchIndex
-        found = which_model(run, runs)
+        found = which_model(run, runs, "contrastive")
         rows = embed_split(found, source, split or ("all" if source else "test"), progress=sys.stderr.isatty())
         folder = Path(to) if to else Path(getattr(found, "folder", ".")) / "index"
         SearchIndex.build(found, rows.pairs, kind=kind, embeddings=(rows.image_emb, rows.text_emb), source=rows.pool["source"]).save(folder)
@@ -229,7 +235,7 @@ def classify(
     with answers_only():
         from radclip.search import resolve_encoder
         from radclip.zeroshot import zero_shot
-        opened, encoder = [readable_image(path) for path in images], resolve_encoder(which_model(run, out))
+        opened, encoder = [readable_image(path) for path in images], resolve_encoder(which_model(run, out, "contrastive"))
         rows = [{"image": str(path), "label": max(zip(p, label))[1], "probabilities": dict(zip(label, p))}
                 for path, p in zip(images, zero_shot(encoder, opened, label).tolist())]
     table = as_table(["image", "label", *(f">{name}" for name in label)], [[r["image"], r["label"], *r["probabilities"].values()] for r in rows])
@@ -273,7 +279,7 @@ def explain(
     opened = readable_image(image)
     with answers_only():
         from radclip.saliency import write_heatmap
-        told = {"image": str(image)} | write_heatmap(which_model(run, runs), opened, text, to, method, minus, layer or None)
+        told = {"image": str(image)} | write_heatmap(which_model(run, runs, "contrastive"), opened, text, to, method, minus, layer or None)
     where = "the map is the same everywhere" if told["peak"] is None else "strongest at {:.0%} from the left and {:.0%} from the top".format(*told["peak"])
     answer(told, f"{shown(to)}: {where}; similarity {told['similarity']:.3f}\n{told['method']} at {', '.join(told['layer'])}", as_json)
 

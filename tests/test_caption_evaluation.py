@@ -262,6 +262,21 @@ def test_errors_are_one_line(within, capsys, words, why):
     assert code == 2 and not out and len(error.strip().splitlines()) == 1 and why in error
 
 
+def test_what_needs_a_dual_encoder_passes_over_a_newer_captioner(within, capsys):
+    newest = max((within / "runs" / "tiny-blip").iterdir())
+    newest.rename(newest.with_name("29991231-000000"))
+    (within / "runs" / "latest.txt").write_text(str(newest.with_name("29991231-000000")))
+    code, out, error = call(capsys, "classify", "a.png", "--label", "x", "--label", "y")
+    assert code == 0, error
+    code, out, error = call(capsys, "index")
+    assert code == 0 and out.startswith("runs/phantom/"), error
+
+
+def test_phantom_is_told_to_be_the_packaged_model_where_a_run_has_that_name(within, capsys):
+    code, out, error = call(capsys, "classify", "a.png", "--label", "x", "--label", "y", "--run", "phantom", "--json")
+    assert code == 0 and json.loads(out) and "phantom is the packaged model" in error
+
+
 def test_evaluate_and_train_know_a_captioner_by_its_recipe(within, capsys):
     code, out, error = call(capsys, "evaluate", "tiny-blip", "--json")
     report = json.loads(out)
