@@ -318,7 +318,8 @@ def test_evaluate_a_split_that_is_not_there(within, capsys):
 
 def test_interrupt_leaves_a_run_that_resumes(tmp_path, monkeypatch, capsys):
     words = ["data.source=phantom:150", "data.sizes=null", "train.batch_size=8", "train.epochs=12", "train.checkpoint_every=2"]
-    process = subprocess.Popen([*PROGRAM, "train", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*PROGRAM, "train", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job starts deaf to Ctrl-C
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/phantom/*/checkpoints/last.ckpt")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]

@@ -268,7 +268,8 @@ def test_layer_decay_of_a_bag_of_words_beside_a_deep_tower():
 
 def test_a_frozen_bag_of_words_is_stored_whole():
     for text in ({"text_pool": "mean", "text_layers": 0, "text_width": 32, "text_heads": 2}, {"text_tower": "ngrams", "text_width": 8}):
-        stored_whole(build_model({"kind": "timm", "image_size": 64, "context_length": 12, "image_tower": "regnetx_002", **text}, CAPTIONS).model.eval())
+        stored_whole(build_model({"kind": "timm", "image_size": 64, "context_length": 12, "image_tower": "regnetx_002", **text},
+                                 [*CAPTIONS, "Large left hematoma.", "No pleural effusion."]).model.eval())
 
 
 def stored_whole(model):
