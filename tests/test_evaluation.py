@@ -279,6 +279,7 @@ def test_the_mean_of_views_is_that_of_embeddings_made_one_by_one(tmp_path):
     assert torch.allclose(encode_views(encoder, pairs, 0), each[0], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:9 images are too few")
 def test_views_are_told_and_are_part_of_what_stored_embeddings_depend_on(tmp_path):
     run = new_run(load_recipe("phantom", "data.source=phantom:60", "data.sizes=null", "data.official=true", "evaluate.views=2"), tmp_path)
     save_model(load_model(), run.model_folder)
